@@ -45,6 +45,18 @@ static INDEXCACHE_HOST_DEVICE inline uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+/// Elements [first, first + n) of an f32 or bf16 array.
+static INDEXCACHE_HOST_DEVICE inline void load_floats(const void* data, DType dtype, int64_t first, int64_t n,
+                                                      float* out) {
+  if (dtype == DType::bf16) {
+    const uint16_t* values = static_cast<const uint16_t*>(data) + first;
+    for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_float(values[i]);
+  } else {
+    const float* values = static_cast<const float*>(data) + first;
+    for (int64_t i = 0; i < n; ++i) out[i] = values[i];
+  }
+}
+
 /// Exact; 0x7f and 0xff are NaN.
 static INDEXCACHE_HOST_DEVICE inline float e4m3_to_float(uint8_t x) {
   const uint32_t sign = (x & 0x80u) << 24;
@@ -73,6 +85,22 @@ static INDEXCACHE_HOST_DEVICE inline uint8_t float_to_e4m3(float x) {
 static INDEXCACHE_HOST_DEVICE inline float e4m3_scale(float amax, bool ue8m0) {
   const float scale = (amax > 1e-4f ? amax : 1e-4f) / kE4m3Max;
   return ue8m0 ? bits_float((float_bits(scale) + 0x7fffffu) & 0x7f800000u) : scale;
+}
+
+/// Quantises one vector and returns its scale. A vector with a NaN or an infinity gets NaN bytes and a NaN scale.
+static INDEXCACHE_HOST_DEVICE inline float encode_e4m3(const float* x, int64_t n, bool ue8m0, uint8_t* out) {
+  uint32_t amax = 0;  // magnitudes order like their bits, NaN and infinity last
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffffu;
+    amax = magnitude > amax ? magnitude : amax;
+  }
+  if (amax >= 0x7f800000u) {
+    for (int64_t i = 0; i < n; ++i) out[i] = kE4m3Nan;
+    return quiet_nan();
+  }
+  const float scale = e4m3_scale(bits_float(amax), ue8m0);
+  for (int64_t i = 0; i < n; ++i) out[i] = float_to_e4m3(x[i] / scale);
+  return scale;
 }
 
 }  // namespace indexcache
