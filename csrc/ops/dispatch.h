@@ -1,0 +1,43 @@
+// From a checked call to a kernel: the backend is chosen here and nowhere else.
+#pragma once
+
+#include "csrc/cpu/cpu.h"
+#include "csrc/ops/check.h"
+#include "indexcache/backend.h"
+
+#if INDEXCACHE_WITH_CUDA
+#include "csrc/cuda/common/device.h"
+#include "csrc/cuda/generic/generic.h"
+#define INDEXCACHE_GENERIC(function) &generic::function
+#else
+namespace indexcache::generic {
+using Stream = struct CUstream_st*;
+}
+#define INDEXCACHE_GENERIC(function) nullptr
+#endif
+
+namespace indexcache::ops {
+
+/// The implementations of one kernel family. INDEXCACHE_KERNELS(topk) names them all.
+template <class Params>
+struct Kernels {
+  void (*cpu)(const Params&, Context&);
+  void (*generic)(const Params&, generic::Stream);
+};
+
+#define INDEXCACHE_KERNELS(function) {&cpu::function, INDEXCACHE_GENERIC(function)}
+
+/// Runs `kernels` on `params` with the backend that serves `check.op()`.
+template <class Params>
+void launch(const Check& check, Context& ctx, const CallShape& shape, const Params& params,
+            std::type_identity_t<Kernels<Params>> kernels) {
+  const Device device = check.device();
+  const Backend backend = choose_backend(check.op(), device, shape);
+  if (backend == Backend::cpu) return kernels.cpu(params, ctx);
+#if INDEXCACHE_WITH_CUDA
+  const cuda::DeviceGuard guard(device.index);
+  kernels.generic(params, static_cast<generic::Stream>(ctx.stream(device)));
+#endif
+}
+
+}  // namespace indexcache::ops
