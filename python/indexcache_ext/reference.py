@@ -203,14 +203,18 @@ def store_latent_kv(kv: Tensor, slots: Tensor, kv_cache: Tensor) -> None:
 
 
 def gather_latent_kv(kv_cache: Tensor, slots: Tensor) -> Tensor:
-    """Dequantised rows float64 [M, 576] of ``slots`` [M]; a slot outside the cache gives zeros."""
+    """Dequantised rows float64 [M, 576] of ``slots`` [M]; a slot outside the cache gives zeros.
+
+    Rounded to bf16: that is what a cached row is worth, here as in ``sparse_mla_paged``.
+    """
     kept, page, offset = locate(slots, kv_cache)
     row = kv_cache.new_zeros(len(slots), LATENT_BYTES)
     row[kept] = kv_cache[page, offset]
     values, scale, k_rope = row.split([LATENT, LATENT_BYTES - LATENT - 2 * ROPE, 2 * ROPE], dim=1)
     values = values.contiguous().view(torch.float8_e4m3fn).double().unflatten(1, (-1, LATENT_GROUP))
     latent = values * scale.contiguous().view(torch.float32).double()[..., None]
-    return torch.cat([latent.flatten(1), k_rope.contiguous().view(torch.bfloat16).double()], dim=1)
+    latent = latent.flatten(1).float().bfloat16()
+    return torch.cat([latent, k_rope.contiguous().view(torch.bfloat16)], dim=1).double()
 
 
 def locate(slots: Tensor, cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,12 +358,7 @@ def sparse_mla(
     ``out = sum p * kv[:d_v]``; lse is natural-log. ``lengths`` int32 [T] uses only the first entries of a row. ``sink``
     f32 [h] multiplies out by ``e^lse / (e^lse + e^sink)``. No valid key: out = 0, lse = -inf.
     """
-    rows = F.pad(kv.double(), (0, 0, 0, 1))  # row N is zeros: what an invalid entry reads
-
-    def fetch(entries: Tensor) -> Tensor:
-        return rows[torch.where((entries >= 0) & (entries < len(kv)), entries, len(kv)).long()]
-
-    return _attend(q, fetch, len(kv), indices, sm_scale, d_v, sink, lengths)
+    return attend(q, dense_rows(kv), len(kv), indices, sm_scale, d_v, sink, lengths)
 
 
 def sparse_mla_paged(
@@ -370,18 +369,37 @@ def sparse_mla_paged(
     sink: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``sparse_mla`` of q [T, h, 576] over ``slots`` int32 [T, K] of the 656-byte cache, dequantised exactly."""
+    """``sparse_mla`` of q [T, h, 576] over ``slots`` int32 [T, K] of the 656-byte cache, dequantised to bf16."""
+
+    keys = kv_cache.size(0) * kv_cache.size(1)
+    return attend(q, cached_rows(kv_cache), keys, slots, sm_scale, LATENT, sink, lengths)
+
+
+Rows = Callable[[Tensor], Tensor]  # entries [T, K] -> their rows float64 [T, K, d_qk], zeros for those outside the keys
+
+
+def dense_rows(kv: Tensor) -> Rows:
+    """Looks rows up in kv [N, d_qk]."""
+    padded = F.pad(kv, (0, 0, 0, 1))  # row N is zeros: what an invalid entry reads
+
+    def fetch(entries: Tensor) -> Tensor:
+        return padded[torch.where((entries >= 0) & (entries < len(kv)), entries, len(kv)).long()].double()
+
+    return fetch
+
+
+def cached_rows(kv_cache: Tensor) -> Rows:
+    """Looks rows up in the 656-byte cache."""
 
     def fetch(entries: Tensor) -> Tensor:
         return gather_latent_kv(kv_cache, entries.flatten()).view(*entries.shape, LATENT + ROPE)
 
-    keys = kv_cache.size(0) * kv_cache.size(1)
-    return _attend(q, fetch, keys, slots, sm_scale, LATENT, sink, lengths)
+    return fetch
 
 
-def _attend(
+def attend(
     q: Tensor,
-    fetch: Callable[[Tensor], Tensor],
+    rows: Rows,
     keys: int,
     indices: Tensor,
     sm_scale: float,
@@ -389,7 +407,7 @@ def _attend(
     sink: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention where ``fetch`` gives the rows of a tensor of entries, zeros for those outside ``[0, keys)``."""
+    """What ``sparse_mla`` does, whatever holds the rows."""
     tokens, heads, d_qk = q.shape
     entries = indices.size(1)
     used = torch.full((tokens,), entries, device=q.device) if lengths is None else lengths
@@ -397,15 +415,15 @@ def _attend(
     indices = torch.where(listed, indices, -1)
     out = q.new_empty(tokens, heads, d_v, dtype=torch.float64)
     lse = q.new_empty(tokens, heads, dtype=torch.float64)
-    for rows in _chunks(tokens, entries * (d_qk + heads)):
-        valid = (indices[rows] >= 0) & (indices[rows] < keys)
-        kv = fetch(indices[rows])
-        score = sm_scale * (q[rows].double() @ kv.transpose(1, 2))
+    for part in _chunks(tokens, entries * (d_qk + heads)):
+        valid = (indices[part] >= 0) & (indices[part] < keys)
+        kv = rows(indices[part])
+        score = sm_scale * (q[part].double() @ kv.transpose(1, 2))
         score = score.masked_fill(~valid[:, None], -torch.inf)
-        lse[rows] = score.logsumexp(-1)
+        lse[part] = score.logsumexp(-1)
         empty = ~valid.any(-1)[:, None, None]
-        weight = torch.exp(score - lse[rows][..., None]).masked_fill(empty, 0.0)
-        out[rows] = weight @ kv[..., :d_v]
+        weight = torch.exp(score - lse[part][..., None]).masked_fill(empty, 0.0)
+        out[part] = weight @ kv[..., :d_v]
     if sink is not None:
         share = torch.sigmoid(lse - sink.double())
         out = torch.where(lse[..., None] == -torch.inf, 0.0, out * share[..., None])
