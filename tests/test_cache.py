@@ -9,7 +9,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from indexcache_ext.cache import IndexCache
 from indexcache_ext.schedule import LayerPattern
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 TOPK = 3
 
 
@@ -172,7 +171,6 @@ Pipeline.TestCase.settings = settings(max_examples=60, stateful_step_count=30, d
 TestPipeline = Pipeline.TestCase
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_prefill_then_decode_steps(device):
     pattern = LayerPattern.uniform(9, keep_every=3)
     cache = IndexCache(pattern, 16, TOPK, device)

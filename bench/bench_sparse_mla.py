@@ -1,0 +1,92 @@
+"""Sparse MLA against the obvious torch: gather the listed rows, two einsums and a softmax."""
+
+import plain_torch
+import pytest
+import torch
+from case_types import AttentionCase
+from harness import Baseline, cpu, gpu, sampled_rows, size_of
+from plain_torch import LATENT
+from torch import Tensor
+
+from indexcache_ext import ops, reference
+
+F32 = torch.float32
+
+MARKS = tuple(
+    AttentionCase(tokens=256, heads=64, keys=16_384, k=2048, indices="random", dtype=dtype)
+    for dtype in (torch.bfloat16, F32)
+)
+PREFILL = tuple(
+    AttentionCase(tokens=4096, heads=heads, keys=keys, k=2048, indices="random", large=True)
+    for heads in (128, 64)
+    for keys in (8192, 131_072)
+)
+DECODE = tuple(
+    AttentionCase(tokens=tokens, heads=heads, keys=131_072, k=2048, indices="random", page_size=64, large=True)
+    for heads, tokens in ((128, 256), (64, 128), (64, 8), (64, 1))
+)
+CPU_DECODE = AttentionCase(tokens=16, heads=64, keys=16_384, k=2048, indices="random", page_size=64)
+
+
+def agree(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    rtol, atol = (1e-4, 1e-5) if dtype == F32 else (2e-2, 2e-3)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=rtol, atol=atol)
+
+
+def attention(measure, device, case, *, op, oracle, baseline, row_bytes, mark=None) -> None:
+    """Measure op(call) of a case whose entries are all valid, against oracle(call) and baseline(call)."""
+    call = case.make(device)
+    entries = "slots" if case.page_size else "indices"
+    rows = sampled_rows(len(call["q"])).to(device)
+
+    def check(got):
+        agree(got, baseline(call), torch.bfloat16)  # everything, to what the baseline's dtype keeps
+        part = call | {"q": call["q"][rows], entries: call[entries][rows]}
+        agree((got[0][rows], got[1][rows]), oracle(part), case.dtype)
+
+    q, listed, results = call["q"], call[entries].numel(), op(call)
+    measure(
+        lambda: op(call),
+        device=device,
+        check=check,
+        roof="F32" if device == "cpu" else "R16",
+        flops=2 * q.size(1) * (q.size(2) + LATENT) * listed,
+        nbytes=size_of(q, call[entries], *results) + listed * row_bytes,
+        baseline=Baseline("torch gather + einsum", lambda: baseline(call)),
+        mark=mark,
+    )
+
+
+@pytest.mark.parametrize(("device", "case"), cpu(*MARKS) + gpu(*PREFILL))
+def bench_sparse_mla(measure, sized, device, case):
+    attention(
+        measure,
+        device,
+        sized(case),
+        op=lambda call: ops.sparse_mla(**call),
+        oracle=lambda call: reference.sparse_mla(**call),
+        baseline=lambda call: plain_torch.sparse_mla(
+            call["q"], lambda listed: call["kv"][listed], call["indices"], call["sm_scale"]
+        ),
+        row_bytes=576 * case.dtype.itemsize,
+        mark=3 if case in MARKS else None,
+    )
+
+
+@pytest.mark.parametrize(("device", "case"), cpu(CPU_DECODE) + gpu(*DECODE))
+def bench_sparse_mla_paged(measure, sized, device, case):
+    attention(
+        measure,
+        device,
+        sized(case),
+        op=lambda call: ops.sparse_mla_paged(**call),
+        oracle=lambda call: reference.sparse_mla_paged(**call),
+        baseline=lambda call: plain_torch.sparse_mla(
+            call["q"],
+            lambda listed: plain_torch.latent_rows(call["kv_cache"], listed, case.dtype),
+            call["slots"],
+            call["sm_scale"],
+        ),
+        row_bytes=656,
+    )
