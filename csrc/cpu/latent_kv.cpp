@@ -28,11 +28,9 @@ void gather_latent_kv(const GatherLatentKvParams& p, Context& ctx) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t slot = p.slots[row];
       uint16_t* out = p.kv + row * kLatentRow;
-      if (holds(p.cache, slot)) {
-        decode_latent_row(row_of(p.cache, slot, kLatentBytes), out);
-      } else {
-        std::memset(out, 0, kLatentRow * sizeof *out);
-      }
+      float values[kLatentRow] = {};
+      if (holds(p.cache, slot)) decode_latent_row(row_of(p.cache, slot, kLatentBytes), values);
+      for (int64_t i = 0; i < kLatentRow; ++i) out[i] = float_to_bf16(values[i]);
     }
   });
 }

@@ -11,16 +11,18 @@ inline constexpr int64_t kLatentRow = kLatentDim + kRopeDim;  // values
 inline constexpr int64_t kScaleOffset = kLatentDim;           // bytes into a row
 inline constexpr int64_t kRopeOffset = kScaleOffset + kLatentDim / kLatentScaleGroup * 4;
 
-/// bf16 [576]. The value of a cached row is what this returns, for every op that reads the cache.
-static inline void decode_latent_row(const uint8_t* row, uint16_t* out) {
+/// Values [576], exact but for the rounding of one f32 product.
+static inline void decode_latent_row(const uint8_t* row, float* out) {
   for (int64_t first = 0; first < kLatentDim; first += kLatentScaleGroup) {
     float scale;
     std::memcpy(&scale, row + kScaleOffset + first / kLatentScaleGroup * 4, sizeof scale);
     for (int64_t i = first; i < first + kLatentScaleGroup; ++i) {
-      out[i] = float_to_bf16(e4m3_to_float(row[i]) * scale);
+      out[i] = e4m3_to_float(row[i]) * scale;
     }
   }
-  std::memcpy(out + kLatentDim, row + kRopeOffset, kRopeDim * sizeof *out);
+  uint16_t rope[kRopeDim];
+  std::memcpy(rope, row + kRopeOffset, sizeof rope);
+  for (int64_t i = 0; i < kRopeDim; ++i) out[kLatentDim + i] = bf16_to_float(rope[i]);
 }
 
 /// From f32 [576]. A group with a NaN or an infinity gets NaN bytes and a NaN scale.
@@ -29,10 +31,9 @@ static inline void encode_latent_row(const float* values, uint8_t* row) {
     const float scale = encode_e4m3(values + first, kLatentScaleGroup, /*ue8m0=*/false, row + first);
     std::memcpy(row + kScaleOffset + first / kLatentScaleGroup * 4, &scale, sizeof scale);
   }
-  for (int64_t i = 0; i < kRopeDim; ++i) {
-    const uint16_t rope = float_to_bf16(values[kLatentDim + i]);
-    std::memcpy(row + kRopeOffset + i * 2, &rope, sizeof rope);
-  }
+  uint16_t rope[kRopeDim];
+  for (int64_t i = 0; i < kRopeDim; ++i) rope[i] = float_to_bf16(values[kLatentDim + i]);
+  std::memcpy(row + kRopeOffset, rope, sizeof rope);
 }
 
 }  // namespace indexcache::cpu

@@ -88,10 +88,10 @@ void load_queries(const SparseMlaParams& p, const SparseMlaTask& task, const Buf
 
 template <class Element>
 void load_key(const SparseMlaParams& p, int64_t row, Element* out) {
-  if (p.kv != nullptr) return load_row(p.kv, p.dtype, row * p.kv_stride, p.d_qk, out);
-  uint16_t latent[kLatentRow];
-  decode_latent_row(row_of(p.cache, row, kLatentBytes), latent);
-  load_row(latent, DType::bf16, 0, p.d_qk, out);
+  if constexpr (__is_same(Element, float)) {
+    if (p.kv == nullptr) return decode_latent_row(row_of(p.cache, row, kLatentBytes), out);
+  }
+  load_row(p.kv, p.dtype, row * p.kv_stride, p.d_qk, out);
 }
 
 int64_t element_bytes(const SparseMlaParams& p) { return p.dtype == DType::bf16 ? 2 : 4; }
@@ -214,7 +214,8 @@ void attend(const SparseMlaParams& p, const SparseMlaTask& task) {
 }
 
 #if defined(__AVX512BF16__)
-bool multiplies_pairs(const SparseMlaParams& p) { return p.dtype == DType::bf16; }
+/// Cached rows are e4m3 times f32: bf16 would round them, and the scores with them.
+bool multiplies_pairs(const SparseMlaParams& p) { return p.dtype == DType::bf16 && p.kv != nullptr; }
 #endif
 
 }  // namespace
