@@ -41,9 +41,11 @@ struct KeyTile {
   int keys;        // columns of the row that the tile covers
 };
 
+/// Expands `rows` query heads of `dim` bytes.
 INDEXCACHE_ISA_FUNCTION(void, pack_queries, const uint8_t* q, int64_t rows, int dim, uint32_t* words)
+/// Expands `keys` <= kKeyTile keys of `dim` bytes to the layout of a tile.
 INDEXCACHE_ISA_FUNCTION(void, pack_keys, const uint8_t* k, int keys, int dim, uint32_t* words)
-/// Writes columns [tile.column, tile.column + tile.keys) of every row of the block: scores inside its window, else -inf.
+/// Writes the columns of the tile in every row of the block: scores inside its window, -inf outside.
 INDEXCACHE_ISA_FUNCTION(void, score_tile, const QueryBlock& block, const KeyTile& tile)
 
 }  // namespace indexcache::cpu

@@ -1,7 +1,7 @@
 // topk: a threshold from a sample, one pass over the row that keeps what reaches it, an exact selection among those.
 //
-// The sample only decides how much work is left. If too few or too many logits reach its threshold, the row itself is
-// selected from, so the result is exact for every input.
+// The sample only decides how much work is left: what reaches its threshold is counted, and where that is no help the
+// row itself is selected from. So the result is exact for every input.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -15,7 +15,7 @@
 namespace indexcache::cpu {
 namespace {
 
-// One logit of 16 is sampled, in runs of 8: a sixteenth of the row's cache lines at little cost to the randomness.
+// One logit of 16 is sampled, in runs of 8 that touch one cache line of eight.
 constexpr int64_t kSampleRun = 8;
 constexpr int64_t kSampleStride = 128;
 constexpr int64_t kSampleRatio = kSampleStride / kSampleRun;

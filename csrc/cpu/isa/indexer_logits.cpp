@@ -1,3 +1,5 @@
+// The tile kernel of the indexer, see csrc/cpu/indexer_tile.h: a small matrix product with relu, head weights and key
+// scales applied to the sums while they are in registers.
 #include <cstdint>
 #include <cstring>
 
@@ -8,7 +10,7 @@ namespace indexcache::cpu::INDEXCACHE_ISA {
 namespace {
 
 // The register tile: kHeads x kVectors sums, chosen so that they, a row of keys and one broadcast fit the registers, and
-// so that the keys of a panel (D = 128: 16 KiB on AVX-512) stay in the L1 cache while the queries pass by.
+// that the keys of a panel (D = 128: at most 16 KiB) stay in the L1 cache while the queries pass by.
 #if defined(__AVX512BF16__)
 constexpr int kHeads = 4, kVectors = 4;
 #elif defined(__AVX512F__)
@@ -19,16 +21,18 @@ constexpr int kHeads = 4, kVectors = 2;
 constexpr int kPanel = kVectors * kLanes;  // keys
 static_assert(kKeyTile % kPanel == 0);
 
+// Four values make kPlanes words. Their order is free, as long as queries and keys agree: here all first words, then all
+// second words, …, so that whole vectors are expanded at once.
 #if defined(__AVX512BF16__)
-constexpr int kPlanes = 2;  // words that four values make
+constexpr int kPlanes = 2;
 #else
 constexpr int kPlanes = 4;
 #endif
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of four bytes is taken for the lowest");
 
 int64_t quads(int dim) { return (int64_t{dim} + 3) / 4; }
 
-/// Expands bytes 4i … 4i+3 into the words i, n + i, …: one plane of n words for each. Two bf16 make a word as (0, 2) and
-/// (1, 3). Queries and keys agree on this order, so it does not matter.
+/// Expands four bytes per lane, in place: word j of a lane goes j * n words further. bf16 pairs are (0, 2) and (1, 3).
 template <class F, class U>
 void expand_quad(uint32_t* words, int64_t n) {
   const U bytes = load<U>(words);
@@ -62,7 +66,8 @@ Floats multiply_add_words(uint32_t a, Words b, Floats acc) {
 
 /// score += weight * relu(q . k) for `Heads` heads in ascending order. NaN passes through the relu.
 template <int Heads>
-void add_heads(const uint32_t* q, const float* weights, const uint32_t* keys, int64_t words, Floats (&score)[kVectors]) {
+void add_heads(const uint32_t* q, const float* weights, const uint32_t* keys, int64_t words,
+               Floats (&score)[kVectors]) {
   Floats dot[Heads][kVectors] = {};
   for (int64_t i = 0; i < words; ++i) {
     Words key[kVectors];

@@ -1,3 +1,4 @@
+// The streaming pass of topk, see csrc/cpu/topk_scan.h.
 #include <cstdint>
 #include <cstring>
 
