@@ -9,8 +9,8 @@
 namespace indexcache::cpu::INDEXCACHE_ISA {
 namespace {
 
-// The register tile: kHeads x kVectors sums, chosen so that they, a row of keys and one broadcast fit the registers, and
-// that the keys of a panel (D = 128: at most 16 KiB) stay in the L1 cache while the queries pass by.
+// The register tile: kHeads x kVectors sums, chosen so that they, a row of keys and one broadcast fit the registers,
+// and that the keys of a panel (D = 128: at most 16 KiB) stay in the L1 cache while the queries pass by.
 #if defined(__AVX512BF16__)
 constexpr int kHeads = 4, kVectors = 4;
 #elif defined(__AVX512F__)
@@ -21,8 +21,8 @@ constexpr int kHeads = 4, kVectors = 2;
 constexpr int kPanel = kVectors * kLanes;  // keys
 static_assert(kKeyTile % kPanel == 0);
 
-// Four values make kPlanes words. Their order is free, as long as queries and keys agree: here all first words, then all
-// second words, …, so that whole vectors are expanded at once.
+// Four values make kPlanes words. Their order is free, as long as queries and keys agree: here all first words, then
+// all second words, …, so that whole vectors are expanded at once.
 #if defined(__AVX512BF16__)
 constexpr int kPlanes = 2;
 #else
