@@ -1,0 +1,63 @@
+"""The ops for NumPy and DLPack arrays, without torch. Shapes and semantics are those of ``indexcache_ext.ops``.
+
+Arrays come as NumPy arrays or anything with ``__dlpack__``. NumPy knows neither float8 nor bfloat16: uint8 arrays
+stand for e4m3 and uint16 arrays for bf16 bits, in both directions. CUDA calls run on ``stream`` (a ``cudaStream_t`` as
+an integer, 0: the default stream) and return arrays of the inputs' library.
+"""
+
+from typing import Any
+
+Array = Any
+
+class Error(ValueError): ...
+
+class DeviceArray:
+    def __dlpack__(self, *, stream: int | None = None) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+def quantize_index_q(
+    q: Array, weights: Array, cos_sin: Array | None, positions: Array | None, *, scale: float,
+    interleaved: bool = False, hadamard: bool = False, ue8m0: bool = False, stream: int = 0,
+) -> tuple[Array, Array]: ...
+def quantize_index_k(
+    k: Array, norm_weight: Array | None, norm_bias: Array | None, cos_sin: Array | None, positions: Array | None, *,
+    eps: float = 1e-6, interleaved: bool = False, hadamard: bool = False, ue8m0: bool = False, stream: int = 0,
+) -> tuple[Array, Array]: ...
+def store_index_k(
+    k: Array, norm_weight: Array | None, norm_bias: Array | None, cos_sin: Array | None, positions: Array | None,
+    slots: Array, index_k_cache: Array, *, eps: float = 1e-6, interleaved: bool = False, hadamard: bool = False,
+    ue8m0: bool = False, stream: int = 0,
+) -> None: ...
+def gather_index_k(index_k_cache: Array, slots: Array, *, stream: int = 0) -> tuple[Array, Array]: ...
+def store_latent_kv(kv: Array, slots: Array, kv_cache: Array, *, stream: int = 0) -> None: ...
+def gather_latent_kv(kv_cache: Array, slots: Array, *, stream: int = 0) -> Array: ...
+def indexer_logits(
+    q: Array, k: Array, k_scale: Array, weights: Array, starts: Array, ends: Array, *, out: Array | None = None,
+    stream: int = 0,
+) -> Array: ...
+def indexer_logits_paged(
+    q: Array, index_k_cache: Array, weights: Array, context_lens: Array, block_table: Array, max_context_len: int, *,
+    out: Array | None = None, stream: int = 0,
+) -> Array: ...
+def topk(logits: Array, starts: Array, ends: Array, k: int, *, out: Array | None = None, stream: int = 0) -> Array: ...
+def indexer_topk(
+    q: Array, k: Array, k_scale: Array, weights: Array, starts: Array, ends: Array, topk: int, *,
+    out: Array | None = None, stream: int = 0,
+) -> Array: ...
+def indexer_topk_paged(
+    q: Array, index_k_cache: Array, weights: Array, context_lens: Array, block_table: Array, topk: int, *,
+    out: Array | None = None, stream: int = 0,
+) -> Array: ...
+def to_slots(
+    indices: Array, block_table: Array, requests: Array, page_size: int, *, out: Array | None = None, stream: int = 0,
+) -> Array: ...
+def sparse_mla(
+    q: Array, kv: Array, indices: Array, sm_scale: float, d_v: int = 512, sink: Array | None = None,
+    lengths: Array | None = None, *, out: Array | None = None, lse: Array | None = None, stream: int = 0,
+) -> tuple[Array, Array]: ...
+def sparse_mla_paged(
+    q: Array, kv_cache: Array, slots: Array, sm_scale: float, sink: Array | None = None, lengths: Array | None = None,
+    *, out: Array | None = None, lse: Array | None = None, stream: int = 0,
+) -> tuple[Array, Array]: ...
+def build_info() -> dict[str, str]: ...
+def capabilities() -> list[dict[str, str]]: ...
