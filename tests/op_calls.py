@@ -1,4 +1,4 @@
-"""One or two small calls of every op, for tests of bindings rather than of arithmetic; and what a call leaves behind."""
+"""One or two small calls of every op, for tests of bindings rather than of arithmetic."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ BAD_ARGUMENTS = (
     ("quantize_index_k", {"norm_weight": lambda x: None}),
     ("quantize_index_k", {"norm_bias": shorter}),
     ("quantize_index_k", {"positions": lambda x: x.float()}),
-    ("quantize_index_k", {n: lambda x: x[..., :48].contiguous() for n in ("k", "norm_weight", "norm_bias")}),  # 48 != 2^n
+    ("quantize_index_k", {n: lambda x: x[..., :48].contiguous() for n in ("k", "norm_weight", "norm_bias")}),
     ("store_index_k", {"slots": shorter}),
     ("store_index_k", {"index_k_cache": lambda x: x[:, :32]}),
     ("gather_index_k", {"index_k_cache": flat}),
