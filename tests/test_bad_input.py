@@ -316,10 +316,25 @@ def test_rotary_table_and_hadamard(device: str, op: str) -> None:
         assert_refused(op, "norm_weight", "given where norm_bias is", "None", call | {"norm_weight": None})
 
 
-def test_head_dim_of_nothing(device: str) -> None:
-    q, weights = torch.zeros(2, 3, 0, device=device), torch.zeros(2, 3, device=device)
-    with pytest.raises(RuntimeError, match=r"indexcache::quantize_index_q: expected .*dim.* >= 1, got"):
-        ops.quantize_index_q(q, weights, None, None, scale=1.0)
+@pytest.mark.parametrize(
+    "op,dense,name",
+    [
+        ("quantize_index_q", "q", "dim"),
+        ("quantize_index_k", "k", "dim"),
+        ("indexer_logits", "q k", "dim"),
+        ("indexer_topk", "q k", "dim"),
+        ("indexer_logits_paged", "q index_k_cache", "dim"),
+        ("indexer_topk_paged", "q index_k_cache", "dim"),
+        ("sparse_mla", "q kv", "d_qk"),
+    ],
+)
+def test_vectors_of_no_dims(device: str, op: str, dense: str, name: str) -> None:
+    """A dot product over nothing is a mistake, not a 0."""
+    call = good_call(op, device)
+    for argument in dense.split():
+        rest = 4 if argument.endswith("cache") else 0  # the scale
+        call[argument] = call[argument][..., :rest].contiguous()
+    assert_refused(op, name, ">= 1", "0", call)
 
 
 @pytest.mark.parametrize("op", ["store_latent_kv", "gather_latent_kv", "sparse_mla_paged"])
@@ -337,3 +352,19 @@ def test_forced_backend_that_cannot_serve_says_why(device: str, backend, name: s
     backend(name)
     with pytest.raises(RuntimeError, match=rf"indexcache::topk: .*INDEXCACHE_BACKEND.*({name}|{device})"):
         ops.topk(**call)
+
+
+# --- Sizes of 0 are legal ---------------------------------------------------------------------------------------------
+
+
+def test_no_heads(device: str) -> None:
+    q, weights = torch.zeros(5, 0, 16, device=device), torch.zeros(5, 0, device=device)
+    q8, folded = ops.quantize_index_q(q, weights, None, None, scale=1.0)
+    assert q8.shape == (5, 0, 16) and folded.shape == (5, 0)
+
+
+def test_rotary_table_without_positions_in_it(device: str) -> None:
+    """Every position is outside a table of no rows."""
+    call = good_call("quantize_index_k", device) | {"cos_sin": torch.zeros(0, 8, device=device)}
+    k8, k_scale = ops.quantize_index_k(**call)
+    assert k_scale.isnan().all() and (k8.view(torch.uint8) == 0x7F).all()
