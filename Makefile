@@ -20,8 +20,9 @@ test: unit sanitize
 unit: $(VENV)/.built
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-# The op tests again on the CPU library built with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C++ API, then the op tests again on the CPU library built with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/.built $(SANITIZED)
+	build/sanitize/indexcache_cpp_test
 	INDEXCACHE_LIBRARY=$(SANITIZED) ./tests/sanitized.sh $(BIN)/python -m pytest -q $(SANITIZE_TESTS)
 SANITIZE_TESTS ?= tests/test_quantise.py tests/test_indexer.py tests/test_topk.py tests/test_sparse_mla.py tests/test_bad_input.py
 
@@ -37,7 +38,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 
 $(SANITIZED): $(VENV)/.installed $(SOURCES)
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	    -DINDEXCACHE_CUDA=OFF -DINDEXCACHE_PYBIND=OFF -DINDEXCACHE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	    -DINDEXCACHE_CUDA=OFF -DINDEXCACHE_PYBIND=OFF -DINDEXCACHE_SANITIZE=ON -DINDEXCACHE_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(BIN)/cmake --build build/sanitize
 
 clean:
