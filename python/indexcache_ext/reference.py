@@ -203,18 +203,14 @@ def store_latent_kv(kv: Tensor, slots: Tensor, kv_cache: Tensor) -> None:
 
 
 def gather_latent_kv(kv_cache: Tensor, slots: Tensor) -> Tensor:
-    """Dequantised rows float64 [M, 576] of ``slots`` [M]; a slot outside the cache gives zeros.
-
-    Rounded to bf16: that is what a cached row is worth, here as in ``sparse_mla_paged``.
-    """
+    """Dequantised rows float64 [M, 576] of ``slots`` [M]; a slot outside the cache gives zeros."""
     kept, page, offset = locate(slots, kv_cache)
     row = kv_cache.new_zeros(len(slots), LATENT_BYTES)
     row[kept] = kv_cache[page, offset]
     values, scale, k_rope = row.split([LATENT, LATENT_BYTES - LATENT - 2 * ROPE, 2 * ROPE], dim=1)
     values = values.contiguous().view(torch.float8_e4m3fn).double().unflatten(1, (-1, LATENT_GROUP))
     latent = values * scale.contiguous().view(torch.float32).double()[..., None]
-    latent = latent.flatten(1).float().bfloat16()
-    return torch.cat([latent, k_rope.contiguous().view(torch.bfloat16)], dim=1).double()
+    return torch.cat([latent.flatten(1), k_rope.contiguous().view(torch.bfloat16).double()], dim=1)
 
 
 def locate(slots: Tensor, cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -369,7 +365,7 @@ def sparse_mla_paged(
     sink: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``sparse_mla`` of q [T, h, 576] over ``slots`` int32 [T, K] of the 656-byte cache, dequantised to bf16."""
+    """``sparse_mla`` of q [T, h, 576] over ``slots`` int32 [T, K] of the 656-byte cache, dequantised exactly."""
 
     keys = kv_cache.size(0) * kv_cache.size(1)
     return attend(q, cached_rows(kv_cache), keys, slots, sm_scale, LATENT, sink, lengths)
