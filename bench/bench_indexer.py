@@ -79,8 +79,8 @@ def bench_indexer_topk(measure, sized, device, case):
         product, product_flops = f32_product()
         baseline, mark = Baseline("torch.mm f32 (FLOP rate)", product, product_flops), 0.7
     else:
-        baseline = Baseline("torch mm, relu, sum, topk", lambda: plain_torch.indexer_logits(**call).topk(case.topk, dim=-1))
-        mark = None
+        plain, mark = lambda: plain_torch.indexer_logits(**call).topk(case.topk), None
+        baseline = Baseline("torch mm, relu, sum, topk", plain)
     measure(
         lambda: ops.indexer_topk(**call, topk=case.topk),
         device=device,
@@ -129,5 +129,7 @@ def bench_indexer_topk_paged(measure, sized, device, case):
         roof="F32" if device == "cpu" else "R8",
         flops=flops,
         nbytes=nbytes + 4 * call["context_lens"].numel() * case.topk,
-        baseline=Baseline("torch mm, relu, sum, topk", lambda: plain_torch.indexer_logits_paged(call, columns).topk(case.topk)),
+        baseline=Baseline(
+            "torch mm, relu, sum, topk", lambda: plain_torch.indexer_logits_paged(call, columns).topk(case.topk)
+        ),
     )

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from indexcache_ext import ops, reference
 
-F32 = torch.float32
-
 MARKS = tuple(
     AttentionCase(tokens=256, heads=64, keys=16_384, k=2048, indices="random", dtype=dtype)
-    for dtype in (torch.bfloat16, F32)
+    for dtype in (torch.bfloat16, torch.float32)
 )
 PREFILL = tuple(
     AttentionCase(tokens=4096, heads=heads, keys=keys, k=2048, indices="random", large=True)
@@ -28,10 +26,12 @@ DECODE = tuple(
 CPU_DECODE = AttentionCase(tokens=16, heads=64, keys=16_384, k=2048, indices="random", page_size=64)
 
 
-def agree(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-    rtol, atol = (1e-4, 1e-5) if dtype == F32 else (2e-2, 2e-3)
-    for x, y in zip(got, expected, strict=True):
-        torch.testing.assert_close(x.double(), y.double(), rtol=rtol, atol=atol)
+def agree(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float) -> None:
+    """Each output vector as a whole, relative to its length, and each lse."""
+    (out, lse), (expected_out, expected_lse) = ((pair[0].double(), pair[1].double()) for pair in (got, expected))
+    error = (out - expected_out).norm(dim=-1) / expected_out.norm(dim=-1)
+    assert error.amax() <= tolerance, f"an output is {error.amax():.2g} off, more than {tolerance:g}"
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=tolerance)
 
 
 def attention(measure, device, case, *, op, oracle, baseline, row_bytes, mark=None) -> None:
@@ -41,9 +41,9 @@ def attention(measure, device, case, *, op, oracle, baseline, row_bytes, mark=No
     rows = sampled_rows(len(call["q"])).to(device)
 
     def check(got):
-        agree(got, baseline(call), torch.bfloat16)  # everything, to what the baseline's dtype keeps
+        agree(got, baseline(call), tolerance=5e-2)  # every row; in bf16 torch rounds the scores
         part = call | {"q": call["q"][rows], entries: call[entries][rows]}
-        agree((got[0][rows], got[1][rows]), oracle(part), case.dtype)
+        agree((got[0][rows], got[1][rows]), oracle(part), tolerance=1e-5 if case.dtype == torch.float32 else 1e-2)
 
     q, listed, results = call["q"], call[entries].numel(), op(call)
     measure(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+SETTINGS = ("INDEXCACHE_BACKEND", "INDEXCACHE_CPU_ISA", "OMP_NUM_THREADS")  # what may change a figure
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]  # the harness, and the cases that the tests read too
 
 import harness  # noqa: E402
@@ -52,8 +53,7 @@ def sized(request):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    import indexcache_ext
-
+    machine_info.pop("node", None)  # the host's name says nothing about its speed
     machine_info["git"] = git_hash()
     machine_info["torch"] = {
         "version": torch.__version__,
@@ -61,12 +61,21 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-    machine_info["indexcache_ext"] = indexcache_ext.__version__
-    machine_info["settings"] = {name: value for name, value in os.environ.items() if name.startswith("INDEXCACHE_")}
+    machine_info["build"] = build_info()
+    machine_info["settings"] = {name: os.environ[name] for name in SETTINGS if name in os.environ}
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         machine_info["gpu"] = {"name": gpu.name, "sms": gpu.multi_processor_count, "l2_bytes": gpu.L2_cache_size}
         machine_info["gpu"] |= nvidia_smi("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+
+
+def build_info() -> dict[str, str]:
+    """Compilers and CPU instruction set; empty where the optional module `_C` was left out."""
+    try:
+        from indexcache_ext import _C
+    except ImportError:
+        return {}
+    return _C.build_info()
 
 
 def git_hash() -> str:

@@ -97,9 +97,10 @@ class Stopwatch:
 
     def rounds(self, seconds: float) -> int:
         """How often to repeat a call (with its baseline) of this length."""
-        if seconds > 0.05:
-            return 7
-        return 15 if seconds > 0.001 else 30
+        for limit, rounds in ((0.5, 5), (0.05, 7), (0.001, 15)):
+            if seconds > limit:
+                return rounds
+        return 30
 
 
 def cpu_roofs(watch: Stopwatch) -> dict[str, float]:

@@ -24,7 +24,7 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
         seconds, mark, ratio = info["seconds"], info.get("mark"), info.get("baseline_ratio")
         result.append(
             {
-                "benchmark": entry["name"],
+                "benchmark": entry["name"].removeprefix("bench_"),
                 "seconds": seconds,
                 "flop_per_second": info["flops"] / seconds if info["flops"] else None,
                 "bytes_per_second": info["bytes"] / seconds if info["bytes"] else None,
