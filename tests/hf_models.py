@@ -46,7 +46,7 @@ def tiny_model(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        n_routed_experts=4,
+        n_routed_experts=2,  # all of them serve every token: a router that drops one does so on the last bits too
         num_experts_per_tok=2,
         n_group=1,
         topk_group=1,
@@ -73,8 +73,8 @@ def tiny_model(
     model = model_class(config_class(**{**settings, **overrides}))
     for module in model.modules():  # LayerNorm starts as the identity, under which its bias would go untested
         if isinstance(module, nn.LayerNorm):
-            nn.init.normal_(module.weight, 1.0, 0.2)
-            nn.init.normal_(module.bias, 0.0, 0.2)
+            nn.init.normal_(module.weight, 1.0, 0.5)
+            nn.init.normal_(module.bias, 0.0, 0.5)
     return model.to(dtype).eval()
 
 
@@ -93,7 +93,7 @@ def padding(batch: int, length: int, side: str, amount: int = 90) -> Tensor:
 
 @contextmanager
 def record_stock(model: nn.Module) -> Iterator[dict[int, list[Tensor]]]:
-    """Record what the stock indexers select: layer to one [batch, length, k] per forward, ascending, -1 where masked."""
+    """Record what the stock indexers select: layer to one [batch, length, k] a forward, ascending, -1 where masked."""
     recorded: dict[int, list[Tensor]] = {}
 
     def hook(indexer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -109,6 +109,27 @@ def record_stock(model: nn.Module) -> Iterator[dict[int, list[Tensor]]]:
     handles = [indexer.register_forward_hook(hook, with_kwargs=True) for indexer in indexers]
     try:
         yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def layer_inputs(model: nn.Module, given: list[Tensor] | None = None) -> Iterator[list[Tensor]]:
+    """Record the hidden states that each decoder layer gets in one forward, or replace them by `given` ones.
+
+    Two runs with the same inputs for every layer differ in a layer by what that layer computes, not by what rounding in
+    earlier layers grew to: a selection turns over on the last bit of a score.
+    """
+    seen: list[Tensor] = []
+
+    def hook(layer: nn.Module, args: tuple) -> tuple | None:
+        seen.append(args[0])
+        return None if given is None else (given[len(seen) - 1], *args[1:])
+
+    handles = [layer.register_forward_pre_hook(hook) for layer in model.model.layers]
+    try:
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 import transformers
-from hf_models import FAMILIES, GREEDY, LENGTH, TOPK, padding, tiny_model, tokens
+from hf_models import FAMILIES, GREEDY, LENGTH, TOPK, impose, padding, tiny_model, tokens
 from transformers import DynamicCache
 
 from indexcache_ext.integrations import transformers as integration
@@ -32,8 +32,6 @@ def test_concurrent_forwards_do_not_mix():
     model = tiny_model("glm")
     info = integration.apply(model, "FSSS")
     inputs = [tokens(1 + i % 2, 150 + 10 * i, seed=i) for i in range(4)]
-    expected = [model(ids).logits for ids in inputs]
-    info.reset()
     results: list = [None] * len(inputs)
     ready = threading.Barrier(len(inputs))
 
@@ -47,10 +45,13 @@ def test_concurrent_forwards_do_not_mix():
         thread.start()
     for thread in threads:
         thread.join()
-    for ids, wanted, (logits, recorded) in zip(inputs, expected, results, strict=True):
-        assert all(torch.equal(wanted, got) for got in logits)
-        assert [entry[0].shape for entry in recorded] == [(*ids.shape, TOPK)] * 5
     assert info.forwards == 20 and info.tokens == 5 * sum(ids.numel() for ids in inputs) == info.indexer_calls
+    integration.restore(model)
+    for ids, (logits, recorded) in zip(inputs, results, strict=True):
+        assert [entry[0].shape for entry in recorded] == [(*ids.shape, TOPK)] * 5
+        with impose(model, info.pattern, recorded):
+            for ours in logits:
+                torch.testing.assert_close(ours, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @families
@@ -77,8 +78,10 @@ def test_restore_gives_the_stock_model_back(family):
     integration.apply(model, "FSSS")
     assert model.config.to_dict() == config
     assert not torch.allclose(model(ids).logits, expected, atol=1e-2)
-    integration.apply(model, "FFFF", quantised=False)  # a second apply replaces the first
-    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    integration.apply(model, "FFSS", quantised=False)  # a second apply replaces the first
+    with integration.record_selections(model) as recorded:
+        model(ids)
+    assert sorted(recorded[0]) == [0, 1]
     integration.restore(model)
     assert torch.equal(model(ids).logits, expected)
     assert list(map(type, model.modules())) == types
@@ -104,10 +107,13 @@ def test_a_copy_is_its_own_model_and_hidden_states_come_out():
 
 def test_the_checkpoints_own_pattern_is_the_default():
     model, ids = tiny_model("glm", pattern="FFSS"), tokens(2, LENGTH)
-    expected = model(ids).logits
-    info = integration.apply(model, quantised=False)
+    info = integration.apply(model)
     assert str(info.pattern) == "FFSS"
-    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    with integration.record_selections(model) as recorded:
+        ours = model(ids).logits
+    integration.restore(model)
+    with impose(model, info.pattern, recorded):
+        torch.testing.assert_close(ours, model(ids).logits, rtol=1e-4, atol=1e-4)
     assert str(integration.apply(model, "FSSS").pattern) == "FSSS"
     assert str(integration.apply(tiny_model("deepseek")).pattern) == "FFFF"
     assert integration.apply(model.model, "FSSS").indexer_calls == 0  # the stack without its head
@@ -196,7 +202,7 @@ def test_other_versions_of_transformers_are_refused(monkeypatch):
         (torch.ones(2, 1, 8, 9, dtype=torch.bool), r"4D attention_mask \[2, 1, 8, 8\], got \[2, 1, 8, 9\]"),
         (torch.ones(2, 4, 8, 8, dtype=torch.bool), r"got \[2, 4, 8, 8\]"),
         (torch.full((2, 1, 8, 8), 0.5), "neither show nor hide"),
-        (torch.tensor([True, False] * 4).expand(2, 1, 8, 8), "not contiguous"),
+        (~torch.eye(8, dtype=torch.bool).expand(2, 1, 8, 8), "hides a key from a query that sees keys on both sides"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(mask, message):
@@ -216,14 +222,16 @@ def test_windows_show_exactly_what_the_mask_shows(seed):
     keys, seen = past + length + spare, past + length
     density = (0.0, 0.4, 0.9, 1.0)[seed % 4]
     mask = (torch.rand(batch, seen, generator=generator) < density).long()
-    windows = make_windows(batch, length, past, keys, mask, None, "cpu")
-    rows = torch.arange(batch * keys) if windows.rows is None else windows.rows
-    shown = torch.zeros(batch * length, batch * keys, dtype=torch.bool)
-    for query, (start, stop) in enumerate(zip(windows.starts.tolist(), windows.ends.tolist(), strict=True)):
-        shown[query, rows[start:stop].long()] = True
     expected = torch.zeros(batch, length, batch, keys, dtype=torch.bool)
     for b in range(batch):
         for s in range(length):
             expected[b, s, b, : past + s + 1] = mask[b, : past + s + 1].bool()
-    assert torch.equal(shown, expected.view_as(shown))
-    assert windows.bounds[-1] == len(rows)
+    own = torch.stack([expected[b, :, b] for b in range(batch)])[:, None]
+    for form in (mask, own):
+        windows = make_windows(batch, length, past, keys, form, None, "cpu")
+        rows = torch.arange(batch * keys) if windows.rows is None else windows.rows
+        shown = torch.zeros(batch * length, batch * keys, dtype=torch.bool)
+        for query, (start, stop) in enumerate(zip(windows.starts.tolist(), windows.ends.tolist(), strict=True)):
+            shown[query, rows[start:stop].long()] = True
+        assert torch.equal(shown, expected.view_as(shown))
+        assert windows.bounds[-1] == len(rows)

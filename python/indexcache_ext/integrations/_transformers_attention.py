@@ -197,7 +197,7 @@ def _select_unquantised(
     cache: Cache | None,
     out: Tensor,
 ) -> None:
-    """The stock indexer's arithmetic, and so its memory, f32 [length, H, keys] of a sequence: a means to compare."""
+    """The stock indexer's arithmetic, matrix shapes included: the same bits from the same inputs, and as much memory."""
     indexer, windows = attention.indexer, forward.windows
     rot, dim = indexer.qk_rope_head_dim, indexer.head_dim
     rotate = glm.apply_rotary_pos_emb_interleave if attention.interleaved else deepseek.apply_rotary_pos_emb
@@ -206,13 +206,15 @@ def _select_unquantised(
     q_rope, k_rope = rotate(q[..., :rot], k[..., :rot], *rope, unsqueeze_dim=2)
     q = torch.cat([q_rope, q[..., rot:]], dim=-1).float()
     k = torch.cat([k_rope, k[..., rot:]], dim=-1).squeeze(2)
-    k = windows.visible(forward.append_index_keys(cache, attention.layer_idx, k).flatten(0, 1)).float()
+    k = forward.append_index_keys(cache, attention.layer_idx, k).float()
     weights = _head_weights(indexer, hidden)
     for b in range(windows.batch):
         first, stop = windows.bounds[b : b + 2]
         tokens = slice(b * windows.length, (b + 1) * windows.length)
-        scores = F.relu(torch.matmul(q[b], k[first:stop].T) * indexer.softmax_scale)
+        scores = F.relu(torch.matmul(q[b], k[b].T.unsqueeze(0)) * indexer.softmax_scale)
         logits = torch.matmul(weights[b].unsqueeze(-2), scores).squeeze(-2)
+        if windows.rows is not None:
+            logits = logits[:, windows.rows[first:stop] - b * windows.keys]
         starts, ends = (edge[tokens] - first for edge in (windows.starts, windows.ends))
         columns = torch.ops.indexcache.topk(logits, starts, ends, out.shape[1])
         out[tokens] = torch.where(columns >= 0, columns + first, -1)

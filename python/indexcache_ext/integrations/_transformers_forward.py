@@ -65,7 +65,7 @@ class IntegrationInfo:
 
 @dataclass
 class Windows:
-    """Which keys each query token sees, over the keys of the whole batch laid end to end.
+    """Which keys each query token sees, among the keys of the whole batch laid end to end.
 
     Sequence b owns the key rows bounds[b] … bounds[b+1]-1. Query b * length + s sees the rows starts … ends-1.
     If the padding leaves a gap inside a sequence, `rows` lists the key rows that are no padding and all the rest counts
@@ -114,58 +114,63 @@ def make_windows(
         raise ValueError(
             f"indexcache: {batch} sequences of {keys} keys are more than int32 indices can name; use a smaller batch"
         )
-    last = torch.arange(length, device=device) + past  # the key of each query itself
-    rows = None
-    base = torch.arange(batch, device=device)[:, None] * keys
-    bounds = [b * keys for b in range(batch + 1)]
-    starts, ends = torch.zeros_like(last)[None], last[None] + 1
+    last = (torch.arange(length, device=device) + past).expand(batch, length)  # the key of each query itself
+    starts, ends, seen = torch.zeros_like(last), last + 1, None
     if mask is not None and mask.dim() == 4:
-        starts, ends = _windows_of_4d(mask.to(device), batch, length, keys)
+        starts, ends, seen = _read_4d_mask(mask.to(device), batch, length, keys)
     elif mask is not None:
         if mask.dim() != 2 or mask.shape[0] != batch:
             raise ValueError(f"indexcache: expected attention_mask [{batch}, tokens] or 4D, got {list(mask.shape)}")
         seen = nn.functional.pad(mask.to(device, torch.bool), (0, max(0, keys - mask.shape[1])))[:, :keys]
-        count = seen.sum(-1, keepdim=True)
-        first = seen.int().argmax(-1, keepdim=True)
-        stop = torch.where(count > 0, keys - seen.flip(-1).int().argmax(-1, keepdim=True), first)
-        if bool((stop - first == count).all()):
-            starts, ends = first, torch.minimum(ends, stop)
-        else:  # padding inside a sequence: count in the rows that are left
-            rows = seen.flatten().nonzero().squeeze(-1).to(torch.int32)
-            base = count.cumsum(0) - count
-            bounds = [*base.flatten().tolist(), rows.numel()]
-            starts, ends = torch.zeros_like(last)[None], seen.cumsum(-1)[:, last]
     elif segments is not None:
-        ids = segments.to(device).expand(batch, -1)
-        breaks = nn.functional.pad(ids.diff(dim=-1) != 1, (1, 0))
-        starts = torch.where(breaks, last, 0).cummax(-1).values
-    flat = [(base + edge).expand(batch, length).to(torch.int32).flatten() for edge in (starts, ends)]
+        breaks = segments.to(device).expand(batch, -1).diff(dim=-1) != 1
+        starts = torch.where(nn.functional.pad(breaks, (1, 0)), last, 0).cummax(-1).values
+
+    rows = None
+    base = torch.arange(batch, device=device)[:, None] * keys
+    bounds = [b * keys for b in range(batch + 1)]
+    if seen is not None:
+        first, stop, count = _extent(seen)
+        if bool((stop - first == count).all()):
+            starts, ends = torch.maximum(starts, first[:, None]), torch.minimum(ends, stop[:, None])
+        else:  # padding inside a sequence: count in the rows that are left
+            before = nn.functional.pad(seen.cumsum(-1), (1, 0))
+            starts, ends = before.gather(1, starts), before.gather(1, ends)
+            rows = seen.flatten().nonzero().squeeze(-1).to(torch.int32)
+            base = (count.cumsum(0) - count)[:, None]
+            bounds = [*base.flatten().tolist(), rows.numel()]
+    flat = [(base + edge).to(torch.int32).flatten() for edge in (starts, ends)]
     return Windows(batch, length, keys, *flat, bounds, rows)
 
 
-def _windows_of_4d(mask: Tensor, batch: int, length: int, keys: int) -> tuple[Tensor, Tensor]:
+def _extent(shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the True entries of each row start and stop, and how many there are; 0, 0, 0 for a row without any."""
+    count = shown.sum(-1)
+    stop = shown.shape[-1] - shown.flip(-1).int().argmax(-1)
+    return shown.int().argmax(-1), torch.where(count > 0, stop, 0), count
+
+
+def _read_4d_mask(mask: Tensor, batch: int, length: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first and the end of the keys that each query sees [batch, length], and the keys that any sees [batch, keys]."""
     if mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (1, length, keys):
         raise ValueError(
             f"indexcache: expected a 4D attention_mask [{batch}, 1, {length}, {keys}], got {list(mask.shape)}"
         )
-    mask = mask[:, 0]
-    if mask.dtype == torch.bool:
-        visible = mask
-    else:
-        visible = mask == 0
-        if not bool((visible | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-            raise ValueError(
-                "indexcache: attention_mask holds values that neither show nor hide a key; biases are not supported"
-            )
-    count = visible.sum(-1)
-    first = visible.int().argmax(-1)
-    stop = torch.where(count > 0, keys - visible.flip(-1).int().argmax(-1), first)
-    if not bool((stop - first == count).all()):
+    mask = mask[:, 0].expand(batch, -1, -1)
+    shown = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((shown | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
         raise ValueError(
-            "indexcache: a row of the 4D attention_mask shows keys that are not contiguous; a query sees one window of"
-            " keys here. Pass the 2D padding mask instead if that is where the gap comes from"
+            "indexcache: attention_mask holds values that neither show nor hide a key; biases are not supported"
         )
-    return first, stop
+    first, stop, count = _extent(shown)
+    seen = shown.any(1)
+    before = nn.functional.pad(seen.cumsum(-1), (1, 0))
+    if not bool((before.gather(1, stop) - before.gather(1, first) == count).all()):
+        raise ValueError(
+            "indexcache: the 4D attention_mask hides a key from a query that sees keys on both sides of it, and shows"
+            " it to another; a query sees one window of the sequence's keys here"
+        )
+    return first, stop, seen
 
 
 class _KeptSelections:
@@ -180,7 +185,7 @@ class _KeptSelections:
         source = self._pattern.source(layer)
         if source not in self._selected:
             if source != layer:
-                raise RuntimeError(f"indexcache: layer {layer} reuses layer {source}, which has not run in this forward")
+                raise RuntimeError(f"indexcache: layer {layer} reuses layer {source}, which has not run in it")
             out = self._new()
             compute(out=out)
             self._selected[layer] = out

@@ -236,8 +236,8 @@ def _check(attentions: list[nn.Module], pattern: LayerPattern) -> None:
     for layer, attention in enumerate(attentions):
         if pattern.is_full(layer) and attention.indexer is None:
             raise ValueError(
-                f"indexcache: layer {layer} cannot be Full: the model has no indexer weights for it, as its indexer_types"
-                " says 'shared'; if the checkpoint's files hold them, load it with indexer_types all 'full'"
+                f"indexcache: layer {layer} cannot be Full: the model has no indexer weights for it, as its"
+                " indexer_types says 'shared'; if the checkpoint's files hold them, load it with indexer_types all 'full'"
             )
         if attention.q_lora_rank is None:
             raise ValueError(f"indexcache: layer {layer} has q_lora_rank None; the indexer reads the query latent")
