@@ -154,7 +154,8 @@ class IndexerCase(Case):
         k8, k_scale = reference.quantize(data.randn(self.keys, self.dim))
         k_scale, weights = k_scale.float(), data.randn(self.tokens, self.heads)
         if self.values == "magnitudes":
-            k_scale, weights = k_scale * data.magnitudes(self.keys, span=12).abs(), data.magnitudes(*weights.shape, span=12)
+            k_scale = k_scale * data.magnitudes(self.keys, span=12).abs()
+            weights = data.magnitudes(*weights.shape, span=12)
         elif self.values == "zeros":
             weights = data.choice([0.0, -0.0], *weights.shape)
         elif self.values == "nan":  # as the quantisation ops write for a vector that is not finite

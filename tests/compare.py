@@ -63,8 +63,8 @@ def _absolute(name: str, x: object) -> object:
     return x
 
 
-# The error of one output entry, relative to the sum of the absolute values of its terms: bf16 rounds the weights and the
-# result to 2^-8 each; float32 scores of a wide head are known to 1e-5 or so.
+# The error of one output entry, relative to the sum of the absolute values of its terms: bf16 rounds the weights and
+# the result to 2^-8 each; float32 scores of a wide head are known to 1e-5 or so.
 ATTENTION_ROUNDING = {torch.bfloat16: 2**-7, torch.float32: 1e-4}
 
 
@@ -81,7 +81,8 @@ def assert_attention(actual: tuple[Tensor, Tensor], q: Tensor, rows: reference.R
     _assert_near(lse, lse64, absolute=1e-6, relative=2.01 / 65536)
     terms = _attention_terms(q, rows, *arguments)
     error = (out.double() - out64).abs()
-    assert (error <= ATTENTION_ROUNDING[q.dtype] * terms + UNDERFLOW).all(), f"off by {float((error / terms).nan_to_num().max())}"
+    worst = float((error / terms).nan_to_num().max()) if error.numel() else 0.0
+    assert (error <= ATTENTION_ROUNDING[q.dtype] * terms + UNDERFLOW).all(), f"off by {worst} of the terms"
     assert squared_difference(out, out64) < (7e-6 if q.dtype == torch.bfloat16 else 1e-10)
 
 
@@ -104,7 +105,9 @@ def _assert_near(actual: Tensor, expected: Tensor, *, absolute: float, relative:
     assert not bad.any(), f"{int(bad.sum())} of {bad.numel()} differ: {actual[bad][:4]} for {expected[bad][:4]}"
 
 
-def assert_quantized(values: Tensor, scale: Tensor, vector: Tensor, *, ue8m0: bool = False, exact: bool = False) -> None:
+def assert_quantized(
+    values: Tensor, scale: Tensor, vector: Tensor, *, ue8m0: bool = False, exact: bool = False
+) -> None:
     """e4m3 ``values`` and f32 ``scale`` against the float64 ``vector`` they stand for.
 
     A value must be as near to its quotient as the nearest e4m3 number, but for float32 rounding of what came before;

@@ -1,7 +1,7 @@
 """Devices and cases for the tests.
 
 A test that takes `device` runs on the CPU and, where there is one, on a GPU. A test marked `cases(op)` also takes
-`case`, from the list of `cases.CASES`; the cases marked large exist on a GPU only, and only for tests that ask for them.
+`case`, from the list of `cases.CASES`; the large cases exist on a GPU only, and only for tests that ask for them.
 """
 
 from __future__ import annotations
@@ -51,11 +51,3 @@ def _free_device_memory() -> Iterator[None]:
 def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Forces a backend for the rest of the test."""
     return lambda name: monkeypatch.setenv("INDEXCACHE_BACKEND", name)
-
-
-@pytest.fixture
-def generator(request: pytest.FixtureRequest) -> torch.Generator:
-    """Seeded by the test's id, on the CPU."""
-    from zlib import crc32
-
-    return torch.Generator().manual_seed(crc32(request.node.nodeid.encode()))

@@ -103,15 +103,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: fl
 
 
 def quantize_index_q(
-    q: Tensor,
-    weights: Tensor,
-    cos_sin: Tensor | None,
-    positions: Tensor | None,
-    *,
-    scale: float,
-    interleaved: bool = False,
-    hadamard: bool = False,
-    ue8m0: bool = False,
+    q: Tensor, weights: Tensor, cos_sin: Tensor | None, positions: Tensor | None, *,
+    scale: float, interleaved: bool = False, hadamard: bool = False, ue8m0: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Index queries [T, H, D] -> e4m3 [T, H, D] and folded weights float64 [T, H] = ``weights * q_scale * scale``."""
     vector = index_vector(q, cos_sin, positions, interleaved=interleaved, transform=hadamard)
@@ -120,16 +113,9 @@ def quantize_index_q(
 
 
 def quantize_index_k(
-    k: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    cos_sin: Tensor | None,
-    positions: Tensor | None,
-    *,
-    eps: float = 1e-6,
-    interleaved: bool = False,
-    hadamard: bool = False,
-    ue8m0: bool = False,
+    k: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, cos_sin: Tensor | None,
+    positions: Tensor | None, *,
+    eps: float = 1e-6, interleaved: bool = False, hadamard: bool = False, ue8m0: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Index keys [N, D] -> LayerNorm, RoPE, Hadamard -> e4m3 [N, D] and scales float64 [N]."""
     normed = layer_norm(k, norm_weight, norm_bias, eps=eps)
@@ -138,34 +124,16 @@ def quantize_index_k(
 
 
 def store_index_k(
-    k: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    cos_sin: Tensor | None,
-    positions: Tensor | None,
-    slots: Tensor,
-    index_k_cache: Tensor,
-    *,
-    eps: float = 1e-6,
-    interleaved: bool = False,
-    hadamard: bool = False,
-    ue8m0: bool = False,
+    k: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, cos_sin: Tensor | None,
+    positions: Tensor | None, slots: Tensor, index_k_cache: Tensor, *,
+    eps: float = 1e-6, interleaved: bool = False, hadamard: bool = False, ue8m0: bool = False,
 ) -> None:
     """``quantize_index_k`` written to ``slots`` [N] of ``index_k_cache`` uint8 [pages, 64, D + 4].
 
     A page holds 64 * D value bytes, then 64 f32 scales. A slot outside the cache is skipped.
     """
-    k8, k_scale = quantize_index_k(
-        k,
-        norm_weight,
-        norm_bias,
-        cos_sin,
-        positions,
-        eps=eps,
-        interleaved=interleaved,
-        hadamard=hadamard,
-        ue8m0=ue8m0,
-    )
+    options = {"eps": eps, "interleaved": interleaved, "hadamard": hadamard, "ue8m0": ue8m0}
+    k8, k_scale = quantize_index_k(k, norm_weight, norm_bias, cos_sin, positions, **options)
     values, scales = index_page_parts(index_k_cache)
     kept, page, offset = locate(slots, index_k_cache)
     values[page, offset] = k8.view(torch.uint8)[kept]
@@ -360,10 +328,7 @@ def sparse_mla(
 def sparse_mla_paged(
     q: Tensor,
     kv_cache: Tensor,
-    slots: Tensor,
-    sm_scale: float,
-    sink: Tensor | None = None,
-    lengths: Tensor | None = None,
+    slots: Tensor, sm_scale: float, sink: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``sparse_mla`` of q [T, h, 576] over ``slots`` int32 [T, K] of the 656-byte cache, dequantised exactly."""
 
@@ -394,14 +359,8 @@ def cached_rows(kv_cache: Tensor) -> Rows:
 
 
 def attend(
-    q: Tensor,
-    rows: Rows,
-    keys: int,
-    indices: Tensor,
-    sm_scale: float,
-    d_v: int,
-    sink: Tensor | None,
-    lengths: Tensor | None,
+    q: Tensor, rows: Rows, keys: int, indices: Tensor, sm_scale: float, d_v: int,
+    sink: Tensor | None, lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What ``sparse_mla`` does, whatever holds the rows."""
     tokens, heads, d_qk = q.shape
