@@ -1,1 +1,1 @@
-"""The demonstration: a small GLM-MoE-DSA language model, the script that trained it, and what `indexcache demo` runs."""
+"""The demonstration: a small GLM-MoE-DSA language model, how it was trained, and what `indexcache demo` runs."""

@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -86,7 +85,8 @@ def indexer_scores(indexer: nn.Module, hidden: Tensor, q_resid: Tensor, position
     rope = indexer.qk_rope_head_dim
     q = indexer.wq_b(q_resid).view(batch, length, indexer.n_heads, indexer.head_dim)
     k = indexer.k_norm(indexer.wk(hidden)).unsqueeze(2)
-    q_rope, k_rope = apply_rotary_pos_emb_interleave(q[..., :rope], k[..., :rope], *position_embeddings, unsqueeze_dim=2)
+    cos, sin = position_embeddings
+    q_rope, k_rope = apply_rotary_pos_emb_interleave(q[..., :rope], k[..., :rope], cos, sin, unsqueeze_dim=2)
     q = torch.cat([q_rope, q[..., rope:]], dim=-1)
     k = torch.cat([k_rope, k[..., rope:]], dim=-1).squeeze(2)
     weights = indexer.weights_proj(hidden) * (indexer.n_heads**-0.5 * indexer.softmax_scale)
@@ -151,7 +151,8 @@ class TrainableDsa:
             length = query.shape[2]
             visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
             if self.stage == "sparse":
-                picks = scores.detach().masked_fill(~visible, -torch.inf).topk(min(self.model.config.index_topk, length))
+                topk = min(self.model.config.index_topk, length)
+                picks = scores.detach().masked_fill(~visible, -torch.inf).topk(topk)
                 visible = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, picks.indices, True) & visible
             self.learn(scores, query.detach(), key.detach(), visible, scaling)
         mask = visible.unsqueeze(1) if self.stage == "sparse" else None
@@ -178,7 +179,7 @@ class TrainableDsa:
 def balance_experts(gate: nn.Module, inputs: tuple, outputs: tuple) -> None:
     """Moves the router's selection bias towards equal loads, as DeepSeek-V3 does (arXiv 2412.19437, section 2.1.2)."""
     if gate.training:
-        load = (outputs[2].unsqueeze(-1) == torch.arange(gate.num_experts, device=outputs[2].device)).sum((0, 1)).float()
+        load = F.one_hot(outputs[2].flatten(), gate.num_experts).float().sum(0)
         gate.e_score_correction_bias += 1e-3 * torch.sign(load.mean() - load)
 
 
@@ -221,7 +222,7 @@ def optimizer_for(model: nn.Module, stage: str) -> torch.optim.AdamW:
 
 
 def rate(step: int, total: int | None) -> float:
-    """Fraction of the peak learning rate: a linear rise, then a cosine down to 2 %; before the total is known: the rise."""
+    """Fraction of the peak learning rate: a linear rise, then a cosine down to 2 %; with no total yet, the rise."""
     rise = LR_WARM_UP_STEPS if total is None else min(LR_WARM_UP_STEPS, max(total // 10, 1))
     if step < rise or total is None:
         return min(1.0, (step + 1) / rise)
@@ -348,8 +349,9 @@ def train(
     text = torch.frombuffer(bytearray(source), dtype=torch.uint8).to(device)
     model = GlmMoeDsaForCausalLM(config or demo_config(context)).to(device)
     out.mkdir(parents=True, exist_ok=True)
+    command = f"python -m indexcache_ext.demo.train --out DIR --seed {seed} --context {context}"
     log = {
-        "command": shlex.join(["python", "-m", "indexcache_ext.demo.train", *sys.argv[1:]]),
+        "command": f"{command} " + (f"--minutes {minutes:g}" if steps is None else f"--steps {_joined(steps)}"),
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "context": context,
@@ -365,8 +367,13 @@ def train(
         seconds = 60 * minutes * SHARE_OF_TIME[stage]
         count = None if steps is None else steps[i]
         log["stages"].append(train_stage(model, stage, text, context, seed + i, count, seconds))
+        log["repeat"] = f"{command} --steps {_joined([entry['steps'] for entry in log['stages']])}"
         save(model, out, log, heldout, context, limit)  # after every stage: a run that is cut short leaves a checkpoint
     return log
+
+
+def _joined(numbers: list[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def main(arguments: list[str] | None = None) -> int:
