@@ -62,10 +62,11 @@ static INDEXCACHE_HOST_DEVICE inline float e4m3_to_float(uint8_t x) {
   const uint32_t sign = (x & 0x80u) << 24;
   const uint32_t magnitude = x & 0x7fu;
   // 4 exponent and 3 mantissa bits move to their place in binary32, and the bias from 7 to 127.
-  const float normal = bits_float((magnitude << 20) + (120u << 23));
-  const float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
-  const float value = magnitude == 0x7fu ? quiet_nan() : magnitude < 8u ? subnormal : normal;
-  return bits_float(float_bits(value) | sign);
+  const uint32_t normal = (magnitude << 20) + (120u << 23);
+  // Below 8 the value is magnitude * 2^-9: the low bits of a float near 2^14, less 2^14.
+  const uint32_t subnormal = float_bits(bits_float(float_bits(0x1p14f) + magnitude) - 0x1p14f);
+  const uint32_t finite = magnitude < 8u ? subnormal : normal;
+  return bits_float((magnitude == 0x7fu ? 0x7fc00000u : finite) | sign);
 }
 
 /// Nearest-even, saturating at +-448 (infinities too); every NaN becomes 0x7f or 0xff.

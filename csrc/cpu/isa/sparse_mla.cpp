@@ -19,6 +19,7 @@ namespace {
 constexpr int kTile = 64;  // keys
 constexpr float kInfinity = __builtin_inff();
 
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 /// A row length of an odd number of cache lines: a column of vectors then spreads over all sets of the cache.
@@ -35,6 +36,8 @@ struct Buffers {
   Element* queries;             // [steps, lanes]
   Element* tile;                // [kTile, tile_row]
   Element* values;              // [kTile / kPack, value_row]; the tile itself where kPack is 1
+  const char** keys;            // [kTile]: the rows of the tile
+  const char** weight_columns;  // [lanes]: the columns of weights
   float* scores;                // [kTile, lanes], then the weights
   Element* weights;             // [kTile / kPack, lanes]; the scores themselves where kPack is 1
   float* out;                   // [heads, value_row]
@@ -43,7 +46,7 @@ struct Buffers {
 
   Buffers(const SparseMlaParams& p, int heads, char* base)
       : steps((p.d_qk + Product::kPack - 1) / Product::kPack),
-        lanes(round_up(heads, kMaxLanes)),
+        lanes(round_up(heads, kLanes)),
         columns(round_up(p.d_v, kLanes)),
         tile_row(spread(steps)),
         value_row(Product::kPack == 1 ? tile_row : spread(p.d_v)) {
@@ -55,6 +58,8 @@ struct Buffers {
     queries = reinterpret_cast<Element*>(take(steps * lanes));
     tile = reinterpret_cast<Element*>(take(kTile * tile_row));
     values = Product::kPack == 1 ? tile : reinterpret_cast<Element*>(take(kTile / Product::kPack * value_row));
+    keys = reinterpret_cast<const char**>(take(kTile * 2));
+    weight_columns = reinterpret_cast<const char**>(take(lanes * 2));
     scores = take(kTile * lanes);
     weights = reinterpret_cast<Element*>(Product::kPack == 1 ? scores : take(kTile / Product::kPack * lanes));
     out = take(heads * value_row);
@@ -86,41 +91,63 @@ void load_queries(const SparseMlaParams& p, const SparseMlaTask& task, const Buf
   }
 }
 
-template <class Element>
-void load_key(const SparseMlaParams& p, int64_t row, Element* out) {
-  if constexpr (__is_same(Element, float)) {
-    if (p.kv == nullptr) return decode_latent_row(row_of(p.cache, row, kLatentBytes), out);
-  }
-  load_row(p.kv, p.dtype, row * p.kv_stride, p.d_qk, out);
-}
-
 int64_t element_bytes(const SparseMlaParams& p) { return p.dtype == DType::bf16 ? 2 : 4; }
 
-void prefetch_key(const SparseMlaParams& p, int64_t row) {
-  const char* data = p.kv != nullptr ? static_cast<const char*>(p.kv) + row * p.kv_stride * element_bytes(p)
-                                     : reinterpret_cast<const char*>(row_of(p.cache, row, kLatentBytes));
-  const int64_t bytes = p.kv != nullptr ? p.d_qk * element_bytes(p) : kLatentBytes;
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+/// Brings the rows of the next tile into the L2 cache, one per call, while the present tile is computed: they lie anywhere
+/// in memory, and all at once they would wait for it.
+struct Prefetch {
+  const SparseMlaParams& p;
+  const int32_t* row;
+  const int32_t* end;
+
+  void operator()() {
+    if (row == end) return;
+    const char* data = p.kv != nullptr ? static_cast<const char*>(p.kv) + *row * p.kv_stride * element_bytes(p)
+                                       : reinterpret_cast<const char*>(row_of(p.cache, *row, kLatentBytes));
+    const int64_t bytes = p.kv != nullptr ? p.d_qk * element_bytes(p) : kLatentBytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+    ++row;
+  }
+};
+
+/// Points b.keys at the rows of a tile: at f32 copies of them.
+void load_keys(const SparseMlaParams& p, const int32_t* rows, int64_t keys, const Buffers<FloatProduct>& b) {
+  for (int64_t key = 0; key < keys; ++key) {
+    float* row = b.tile + key * b.tile_row;
+    if (p.kv == nullptr) {
+      decode_latent_row(row_of(p.cache, rows[key], kLatentBytes), row);
+    } else {
+      load_row(p.kv, p.dtype, rows[key] * p.kv_stride, p.d_qk, row);
+    }
+    b.keys[key] = reinterpret_cast<const char*>(row);
+  }
 }
 
-// --- The operands of the second product ---------------------------------------------------------------------------
-
-void pack(const Buffers<FloatProduct>&, int64_t) {}
+/// The second product reads the copies.
+void pack(const SparseMlaParams&, int64_t, const Buffers<FloatProduct>&) {}
 
 #if defined(__AVX512BF16__)
-using Half = uint16_t __attribute__((may_alias));  // one of the two values in a word
+/// At the rows themselves, or at copies where the last value needs a partner.
+void load_keys(const SparseMlaParams& p, const int32_t* rows, int64_t keys, const Buffers<PairProduct>& b) {
+  for (int64_t key = 0; key < keys; ++key) {
+    const uint16_t* row = static_cast<const uint16_t*>(p.kv) + rows[key] * p.kv_stride;
+    uint32_t* copy = b.tile + key * b.tile_row;
+    if (p.d_qk % 2 != 0) load_row(row, p.dtype, 0, p.d_qk, copy);
+    b.keys[key] = p.d_qk % 2 != 0 ? reinterpret_cast<const char*>(copy) : reinterpret_cast<const char*>(row);
+  }
+}
 
-/// Values and weights of keys 2i and 2i + 1 into one word; the partner of an odd last key is 0.
-void pack(const Buffers<PairProduct>& b, int64_t keys) {
+/// Values and weights of keys 2i and 2i + 1 into one word; the partner of an odd last key has weight 0.
+void pack(const SparseMlaParams& p, int64_t keys, const Buffers<PairProduct>& b) {
   if (keys % 2 != 0) {
-    std::memset(b.tile + keys * b.tile_row, 0, b.tile_row * 4);
+    b.keys[keys] = reinterpret_cast<const char*>(std::memset(b.tile + keys * b.tile_row, 0, b.tile_row * 4));
     std::memset(b.scores + keys * b.lanes, 0, b.lanes * 4);
   }
   for (int64_t pair = 0; pair < (keys + 1) / 2; ++pair) {
-    const Half* even = reinterpret_cast<const Half*>(b.tile + 2 * pair * b.tile_row);
-    const Half* odd = reinterpret_cast<const Half*>(b.tile + (2 * pair + 1) * b.tile_row);
+    const uint16_t* even = reinterpret_cast<const uint16_t*>(b.keys[2 * pair]);
+    const uint16_t* odd = reinterpret_cast<const uint16_t*>(b.keys[2 * pair + 1]);
     uint32_t* values = b.values + pair * b.value_row;
-    for (int64_t i = 0; i < b.columns; ++i) values[i] = even[i] | uint32_t{odd[i]} << 16;
+    for (int64_t i = 0; i < p.d_v; ++i) values[i] = even[i] | uint32_t{odd[i]} << 16;
     const float* even_score = b.scores + 2 * pair * b.lanes;
     const float* odd_score = even_score + b.lanes;
     uint32_t* weights = b.weights + pair * b.lanes;
@@ -189,26 +216,30 @@ void finish_head(const SparseMlaParams& p, const SparseMlaTask& task, const Buff
 
 template <class Product>
 void attend(const SparseMlaParams& p, const SparseMlaTask& task) {
-  constexpr int kPack = Product::kPack;
+  constexpr int64_t kPack = Product::kPack;
   const Buffers<Product> b(p, task.heads, static_cast<char*>(task.workspace));
   load_queries(p, task, b);
   std::memset(b.tile, 0, kTile * b.tile_row * 4);  // the padding of its rows is multiplied too
+  std::memset(b.values, 0, kTile / kPack * b.value_row * 4);
   std::memset(b.out, 0, task.heads * b.value_row * 4);
-  for (int64_t lane = 0; lane < b.lanes; ++lane) b.max[lane] = -kInfinity, b.sum[lane] = 0.0f;
+  for (int64_t lane = 0; lane < b.lanes; ++lane) {
+    b.max[lane] = -kInfinity;
+    b.sum[lane] = 0.0f;
+    b.weight_columns[lane] = reinterpret_cast<const char*>(b.weights + lane);
+  }
 
   for (int64_t first = 0; first < task.count; first += kTile) {
-    const int64_t keys = task.count - first < kTile ? task.count - first : kTile;
-    for (int64_t key = 0; key < keys; ++key) {
-      if (first + key + kTile < task.count) prefetch_key(p, task.rows[first + key + kTile]);
-      load_key(p, task.rows[first + key], b.tile + key * b.tile_row);
-    }
+    const int64_t keys = min(task.count - first, kTile);
+    const int32_t* rows = task.rows + first;
+    Prefetch next{p, rows + keys, rows + min(task.count - first, 2 * kTile)};
+    load_keys(p, rows, keys, b);
     std::memset(b.scores, 0, keys * b.lanes * 4);
-    add_product<Product>({b.tile, b.tile_row, 1}, b.queries, b.lanes, keys, b.lanes, b.steps, b.scores, b.lanes);
+    add_product<Product>({b.keys, 4}, {b.queries, b.lanes}, keys, b.lanes, b.steps, {b.scores, b.lanes}, next);
     softmax_tile(b, keys, p.sm_scale);
     decay_output(b, task.heads);
-    pack(b, keys);
-    add_product<Product>({b.weights, 1, b.lanes}, b.values, b.value_row, task.heads, b.columns,
-                         (keys + kPack - 1) / kPack, b.out, b.value_row);
+    pack(p, keys, b);
+    add_product<Product>({b.weight_columns, b.lanes * 4}, {b.values, b.value_row}, task.heads, b.columns,
+                         (keys + kPack - 1) / kPack, {b.out, b.value_row}, next);
   }
   for (int head = 0; head < task.heads; ++head) finish_head(p, task, b, head);
 }

@@ -60,80 +60,93 @@ struct PairProduct {
   using Vector = Words;
   static constexpr int kPack = 2;
   static Floats add(Floats sum, Vector b, Element a) {
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(b),
-                                                     reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a)))));
+    const __m512i left = _mm512_set1_epi32(static_cast<int>(a));
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(left));
   }
 };
 #endif
 
-/// a[row, step] at a + row * row_stride + step * step_stride.
-template <class Element>
+/// The left operand: a pointer to each row, whose steps lie `step_bytes` apart. Rows need not be aligned.
 struct Left {
-  const Element* data;
-  int64_t row_stride, step_stride;
+  const char* const* rows;
+  int64_t step_bytes;
 };
 
-/// c[kRows, kVectors * kLanes] += a b over `depth` steps. The sum of one entry runs over the steps in order, so it does
-/// not depend on the tile that the entry falls into.
+/// The right operand and the result: rows of `stride` elements, aligned to a vector.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+};
+
+/// c[kRows, kVectors * kLanes] += a b over steps [first, last) of a, from b's first row on. The sum of one entry runs
+/// over the steps in order, so it does not depend on the tile that the entry falls into.
 template <class Product, int kRows, int kVectors>
-[[gnu::noinline]] void tile_product(Left<typename Product::Element> a, const typename Product::Element* b, int64_t ldb,
-                                    int64_t depth, float* c, int64_t ldc) {
+[[gnu::noinline]] void tile_product(Left a, Matrix<typename Product::Element> b, int64_t first, int64_t last,
+                                    Matrix<float> c) {
   using Vector = typename Product::Vector;
+  const char* left[kRows];
   Floats sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
+    left[row] = a.rows[row] + first * a.step_bytes;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[row][v] = at(c + row * ldc + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) sum[row][v] = at(c.data + row * c.stride + v * kLanes);
   }
-  for (int64_t step = 0; step < depth; ++step) {
+  for (int64_t step = 0; step < last - first; ++step) {
     Vector right[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) right[v] = *reinterpret_cast<const Vector*>(b + step * ldb + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      right[v] = *reinterpret_cast<const Vector*>(b.data + step * b.stride + v * kLanes);
+    }
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
-      const auto left = a.data[row * a.row_stride + step * a.step_stride];
+      typename Product::Element element;
+      __builtin_memcpy(&element, left[row] + step * a.step_bytes, sizeof element);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[row][v] = Product::add(sum[row][v], right[v], left);
+      for (int v = 0; v < kVectors; ++v) sum[row][v] = Product::add(sum[row][v], right[v], element);
     }
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) at(c + row * ldc + v * kLanes) = sum[row][v];
+    for (int v = 0; v < kVectors; ++v) at(c.data + row * c.stride + v * kLanes) = sum[row][v];
   }
 }
 
-template <class Product, int kVectors>
-void panel_product(Left<typename Product::Element> a, const typename Product::Element* b, int64_t ldb, int64_t rows,
-                   int64_t depth, float* c, int64_t ldc) {
+template <class Product, int kVectors, class Between>
+void panel_product(Left a, Matrix<typename Product::Element> b, int64_t first, int64_t last, int64_t rows,
+                   Matrix<float> c, Between& between) {
   constexpr int kRows = kVectors == 1 ? 8 : 4;
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) {
-    tile_product<Product, kRows, kVectors>({a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, ldb, depth,
-                                           c + row * ldc, ldc);
+    between();
+    tile_product<Product, kRows, kVectors>({a.rows + row, a.step_bytes}, b, first, last,
+                                           {c.data + row * c.stride, c.stride});
   }
   for (; row < rows; ++row) {
-    tile_product<Product, 1, kVectors>({a.data + row * a.row_stride, a.row_stride, a.step_stride}, b, ldb, depth,
-                                       c + row * ldc, ldc);
+    tile_product<Product, 1, kVectors>({a.rows + row, a.step_bytes}, b, first, last,
+                                       {c.data + row * c.stride, c.stride});
   }
 }
 
-/// c[rows, columns] += a b; columns is a multiple of kLanes, b and c are aligned to a vector.
-template <class Product>
-void add_product(Left<typename Product::Element> a, const typename Product::Element* b, int64_t ldb, int64_t rows,
-                 int64_t columns, int64_t depth, float* c, int64_t ldc) {
+/// c[rows, columns] += a[rows, steps] b[steps, columns]; columns is a multiple of kLanes. `between` is called before
+/// every full tile: the place for prefetches that the arithmetic hides.
+template <class Product, class Between>
+void add_product(Left a, Matrix<typename Product::Element> b, int64_t rows, int64_t columns, int64_t steps,
+                 Matrix<float> c, Between& between) {
   constexpr int64_t kPanel = kTileVectors * kLanes;
   constexpr int64_t kSteps = 96;  // a panel of b (24 KiB with AVX-512) stays in the L1 cache for all rows
-  for (int64_t first = 0; first < depth; first += kSteps) {
-    const int64_t steps = depth - first < kSteps ? depth - first : kSteps;
-    const Left<typename Product::Element> part{a.data + first * a.step_stride, a.row_stride, a.step_stride};
-    const auto* right = b + first * ldb;
+  for (int64_t first = 0; first < steps; first += kSteps) {
+    const int64_t last = steps - first < kSteps ? steps : first + kSteps;
+    auto* right = b.data + first * b.stride;
     int64_t column = 0;
     for (; column + kPanel <= columns; column += kPanel) {
-      panel_product<Product, kTileVectors>(part, right + column, ldb, rows, steps, c + column, ldc);
+      panel_product<Product, kTileVectors>(a, {right + column, b.stride}, first, last, rows,
+                                           {c.data + column, c.stride}, between);
     }
     for (; column < columns; column += kLanes) {
-      panel_product<Product, 1>(part, right + column, ldb, rows, steps, c + column, ldc);
+      panel_product<Product, 1>(a, {right + column, b.stride}, first, last, rows, {c.data + column, c.stride}, between);
     }
   }
 }
