@@ -20,12 +20,17 @@ constexpr const char* kIndexCache = "page 64, any head dim";
 constexpr const char* kLatentCache = "656-byte rows, any page size";
 constexpr const char* kAnyK = "any k, any row stride";
 
+/// A block keeps one f32 vector in 48 KiB of shared memory.
+bool fits_shared_memory(const CallShape& shape) { return shape.dim <= 12288; }
+
 // One row per op and backend, the preferred backend of an op first.
 #define INDEXCACHE_ROWS(op, limits) {op, Backend::generic, limits, nullptr}, {op, Backend::cpu, limits, nullptr}
+#define INDEXCACHE_QUANTISE(op)                                                                              \
+  {op, Backend::generic, "head dim up to 12,288; float32, bfloat16", fits_shared_memory}, {op, Backend::cpu, kFloats, nullptr}
 constexpr Capability kCapabilities[] = {
-    INDEXCACHE_ROWS("quantize_index_q", kFloats),
-    INDEXCACHE_ROWS("quantize_index_k", kFloats),
-    INDEXCACHE_ROWS("store_index_k", kIndexCache),
+    INDEXCACHE_QUANTISE("quantize_index_q"),
+    INDEXCACHE_QUANTISE("quantize_index_k"),
+    INDEXCACHE_QUANTISE("store_index_k"),
     INDEXCACHE_ROWS("gather_index_k", kIndexCache),
     INDEXCACHE_ROWS("store_latent_kv", kLatentCache),
     INDEXCACHE_ROWS("gather_latent_kv", kLatentCache),
@@ -39,6 +44,7 @@ constexpr Capability kCapabilities[] = {
     INDEXCACHE_ROWS("sparse_mla_paged", "any heads; q float32, bfloat16; 656-byte rows, any page size"),
 };
 #undef INDEXCACHE_ROWS
+#undef INDEXCACHE_QUANTISE
 
 /// Why `backend` cannot serve any call on `device`, or null.
 const char* device_refusal(Backend backend, Device device) {

@@ -14,6 +14,7 @@ IndexerLogitsParams indexer_params(const Check& check, const TensorView& q, cons
                                    const TensorView& ends) {
   check.tensor("q", q, {DType::e4m3}, {"tokens", "heads", "dim"});
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
+  check.at_least("dim", dim, 1);
   check.tensor("k", k, {DType::e4m3}, {"keys", dim});
   const int64_t keys = k.size(0);
   check.tensor("k_scale", k_scale, {DType::f32}, {keys});
@@ -40,6 +41,7 @@ IndexerLogitsPagedParams indexer_paged_params(const Check& check, const TensorVi
                                               const TensorView& block_table) {
   check.tensor("q", q, {DType::e4m3}, {"requests", "queries", "heads", "dim"});
   const int64_t requests = q.size(0), queries = q.size(1), heads = q.size(2), dim = q.size(3);
+  check.at_least("dim", dim, 1);
   const PagedCache cache = check.cache("index_k_cache", index_k_cache, kIndexPage, dim + 4);
   check.tensor("weights", weights, {DType::f32}, {requests, queries, heads});
   check.tensor("context_lens", context_lens, {DType::i32}, {requests, queries});

@@ -12,12 +12,15 @@ using ops::Check;
 
 constexpr int64_t kMaxScratch = int64_t{256} << 20;  // the contract, all backends
 constexpr int64_t kCpuScratch = int64_t{2} << 20;    // a chunk stays in the last-level cache between the two kernels
+constexpr int64_t kCpuRows = 16;                     // but enough rows share the expansion of a tile of keys
 
-/// Rows of `columns` f32 that the scratch buffer holds, at least one.
+/// Rows of `columns` f32 that go through the scratch buffer at a time, at least one.
 int64_t rows_per_chunk(const Check& check, int64_t columns) {
-  check.at_most("keys per query", columns, kMaxScratch / static_cast<int64_t>(sizeof(float)));
-  const int64_t budget = check.device().type == DeviceType::cpu ? kCpuScratch : kMaxScratch;
-  return std::max<int64_t>(1, budget / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, columns));
+  constexpr int64_t kRowEntry = sizeof(float);
+  check.at_most("keys per query", columns, kMaxScratch / kRowEntry);
+  const int64_t row_bytes = kRowEntry * std::max<int64_t>(1, columns);
+  const int64_t most = kMaxScratch / row_bytes;
+  return check.device().type == DeviceType::cpu ? std::min(most, std::max(kCpuRows, kCpuScratch / row_bytes)) : most;
 }
 
 float* scratch_rows(Context& ctx, const Check& check, int64_t rows, int64_t columns) {

@@ -78,6 +78,14 @@ TensorView view_dlpack(const char* argument, const dlpack::Tensor& tensor) {
   return view;
 }
 
+/// The library of an array that can take over a DLPack export: by the array API standard, else by its type's module.
+py::object namespace_of(py::handle array) {
+  if (py::hasattr(array, "__array_namespace__")) return array.attr("__array_namespace__")();
+  const auto module = py::type::handle_of(array).attr("__module__").cast<std::string>();
+  const py::object library = py::module_::import(module.substr(0, module.find('.')).c_str());
+  return py::hasattr(library, "from_dlpack") ? library : py::object();
+}
+
 /// DLPack numbers CUDA's streams its own way: 1 is the legacy default stream, 0 is not allowed.
 uint64_t stream_to_dlpack(uint64_t stream) { return stream == 0 ? 1 : stream; }
 
@@ -99,7 +107,7 @@ TensorView Call::in(const char* argument, py::handle array) {
   auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(exported.ptr(), "dltensor"));
   if (managed == nullptr) throw py::error_already_set();
   keep_alive_.push_back(exported);  // never renamed, so the capsule itself frees the export
-  if (cuda && !namespace_ && py::hasattr(array, "__array_namespace__")) namespace_ = array.attr("__array_namespace__")();
+  if (cuda && !namespace_) namespace_ = namespace_of(array);
   return view_dlpack(argument, managed->tensor);
 }
 

@@ -164,6 +164,7 @@ def _check_indexer(op: str, q, k, k_scale, weights, starts, ends) -> _Check:
     check = _Check(op, q)
     check.tensor("q", q, _E4M3, ("tokens", "heads", "dim"))
     tokens, heads, dim = q.shape
+    check.at_least("dim", dim, 1)
     check.tensor("k", k, _E4M3, ("keys", dim))
     check.tensor("k_scale", k_scale, _F32, (k.size(0),))
     check.tensor("weights", weights, _F32, (tokens, heads))
@@ -176,6 +177,7 @@ def _check_indexer_paged(op: str, q, index_k_cache, weights, context_lens, block
     check = _Check(op, q)
     check.tensor("q", q, _E4M3, ("requests", "queries", "heads", "dim"))
     requests, queries, heads, dim = q.shape
+    check.at_least("dim", dim, 1)
     check.index_k_cache(index_k_cache, dim)
     check.tensor("weights", weights, _F32, (requests, queries, heads))
     check.tensor("context_lens", context_lens, _I32, (requests, queries))
