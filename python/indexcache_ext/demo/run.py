@@ -235,10 +235,11 @@ def demonstrate(args: argparse.Namespace) -> dict:
     # disable=None: no bar where stderr is not a terminal.
     bar = tqdm(total=each * len(patterns), unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr)
     rows = []
-    apply(model)
-    if device.type == "cpu":
-        choose_threads(model, parts[0])
     with bar:
+        if device.type == "cpu":
+            bar.set_description("choosing CPU threads")
+            apply(model)
+            choose_threads(model, parts[0][:512])
         for pattern in patterns:
             bar.set_description(f"{str(pattern).count('F')} of {layers} indexers")
             rows.append(measure(model, pattern, parts, prompt, new_bytes, bar.update))
