@@ -23,7 +23,9 @@ constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 /// A row length of an odd number of cache lines: a column of vectors then spreads over all sets of the cache.
-constexpr int64_t spread(int64_t words) { return round_up(words, kMaxLanes) / kMaxLanes / 2 * 2 * kMaxLanes + kMaxLanes; }
+constexpr int64_t spread(int64_t words) {
+  return round_up(words, kMaxLanes) / kMaxLanes / 2 * 2 * kMaxLanes + kMaxLanes;
+}
 
 /// The buffers of a task, cut from its workspace.
 template <class Product>
@@ -93,8 +95,8 @@ void load_queries(const SparseMlaParams& p, const SparseMlaTask& task, const Buf
 
 int64_t element_bytes(const SparseMlaParams& p) { return p.dtype == DType::bf16 ? 2 : 4; }
 
-/// Brings the rows of the next tile into the L2 cache, one per call, while the present tile is computed: they lie anywhere
-/// in memory, and all at once they would wait for it.
+/// Brings the rows of the next tile into the L2 cache, one per call, while the present tile is computed: they lie
+/// anywhere in memory, and all at once they would wait for it.
 struct Prefetch {
   const SparseMlaParams& p;
   const int32_t* row;
