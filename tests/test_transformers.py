@@ -15,9 +15,12 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(autouse=True)
-def _no_grad():
+def _inference_on_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one only adds waiting to products this small
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 def stock_on_same_selection(model, info, recorded, *args, **kwargs):
