@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+# Threads of several OpenMP runtimes that spin for each other can take a small machine hundreds of times longer.
+export OMP_WAIT_POLICY ?= PASSIVE
 TEST_ARGS ?=
 
 SOURCES := $(shell find csrc include -type f) CMakeLists.txt setup.py pyproject.toml
@@ -19,6 +21,7 @@ test: unit sanitize
 
 unit: $(VENV)/.built
 	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest bench --small --benchmark-disable -q
 
 # The C++ API, then the op tests again on the CPU library built with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/.built $(SANITIZED)
