@@ -13,12 +13,17 @@ CPU = (
     TopkCase(rows=512, columns=65_536, k=2048, windows="full", values="constant"),
     TopkCase(rows=1, columns=131_072, k=2048, windows="full"),
 )
-GPU = (
-    TopkCase(rows=1024, columns=131_072, k=2048, windows="full", large=True),
-    TopkCase(rows=1024, columns=131_072, k=2048, windows="full", values="constant", large=True),
-    TopkCase(rows=64, columns=65_536, k=2048, windows="full", large=True),
-    TopkCase(rows=1, columns=131_072, k=2048, windows="full", large=True),
-    TopkCase(rows=1, columns=1_048_576, k=2048, windows="full", large=True),
+SHAPES = (
+    (1024, 131_072), (256, 131_072), (4096, 65_536), (64, 65_536), (128, 32_768), (16, 131_072),
+    (1, 131_072), (1, 8192), (1, 1_048_576),
+)  # fmt: skip
+HARD = ("constant", "relu", "binade", "ramp_up", "ramp_down", "late_block", "periodic", "rounded")
+GPU = tuple(
+    TopkCase(rows=rows, columns=columns, k=2048, windows="full", large=True) for rows, columns in SHAPES
+) + tuple(
+    TopkCase(rows=rows, columns=columns, k=2048, windows="full", values=values, large=True)
+    for rows, columns in ((1024, 131_072), (1, 131_072))
+    for values in HARD
 )
 
 

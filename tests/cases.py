@@ -132,6 +132,10 @@ TOPK = (
     TopkCase(rows=100_000, columns=257, large=True),
     TopkCase(rows=2, columns=1 << 23, k=2048, windows="full", values="rounded", large=True),
     TopkCase(rows=8200, columns=262_147, k=512, large=True),
+    # Rows that several blocks share, and rows that one block samples: every distribution that could mislead a sample.
+    *(TopkCase(rows=3, columns=140_003, k=2048, values=values, large=True) for values in TOPK_VALUES),
+    *(TopkCase(rows=200, columns=20_011, k=700, values=values, windows="full", large=True) for values in TOPK_VALUES),
+    *(TopkCase(rows=2, columns=columns, k=2048, windows="full", large=True) for columns in (4096, 4097, 8191, 8193, 16_385)),
 )
 
 TO_SLOTS = (

@@ -38,6 +38,15 @@ def test_selection_depends_on_its_row_only(device: str, case: TopkCase) -> None:
         assert_rows_stand_alone("topk", arguments, ROWS, expected)
 
 
+@pytest.mark.cases("topk", large=True)
+def test_selection_is_that_of_the_plain_backend(device: str, case: TopkCase, backend) -> None:
+    """Index for index, whichever backend and spread over the GPU the dispatcher took."""
+    arguments = case.make(device)
+    selected = ops.topk(**arguments)
+    backend("generic" if device == "cuda" else "cpu")
+    assert_same_bits(selected, ops.topk(**arguments))
+
+
 @pytest.mark.parametrize("stride", [0, 1, 5])
 def test_rows_may_overlap(device: str, stride: int) -> None:
     """Any row stride is legal, also one that lets rows share memory."""

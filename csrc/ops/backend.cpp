@@ -23,6 +23,8 @@ constexpr const char* kAnyK = "any k, any row stride";
 /// A block keeps one f32 vector in 48 KiB of shared memory.
 bool fits_shared_memory(const CallShape& shape) { return shape.dim <= 12288; }
 
+bool fits_sm90_topk(const CallShape& shape) { return shape.k <= 2048; }
+
 // One row per op and backend, the preferred backend of an op first.
 #define INDEXCACHE_ROWS(op, limits) {op, Backend::generic, limits, nullptr}, {op, Backend::cpu, limits, nullptr}
 #define INDEXCACHE_QUANTISE(op)                                                                              \
@@ -36,6 +38,7 @@ constexpr Capability kCapabilities[] = {
     INDEXCACHE_ROWS("gather_latent_kv", kLatentCache),
     INDEXCACHE_ROWS("indexer_logits", kE4m3),
     INDEXCACHE_ROWS("indexer_logits_paged", kE4m3),
+    {"topk", Backend::sm90, "k up to 2,048, any row stride", fits_sm90_topk},
     INDEXCACHE_ROWS("topk", kAnyK),
     INDEXCACHE_ROWS("indexer_topk", kE4m3),
     INDEXCACHE_ROWS("indexer_topk_paged", kE4m3),

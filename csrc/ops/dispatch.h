@@ -8,24 +8,29 @@
 #if INDEXCACHE_WITH_CUDA
 #include "csrc/cuda/common/device.h"
 #include "csrc/cuda/generic/generic.h"
+#include "csrc/cuda/sm90/sm90.h"
 #define INDEXCACHE_GENERIC(function) &generic::function
+#define INDEXCACHE_SM90(function) &sm90::function
 #else
 namespace indexcache::generic {
 using Stream = struct CUstream_st*;
 }
 #define INDEXCACHE_GENERIC(function) nullptr
+#define INDEXCACHE_SM90(function) nullptr
 #endif
 
 namespace indexcache::ops {
 
-/// The implementations of one kernel family. INDEXCACHE_KERNELS(topk) names them all.
+/// The implementations of one kernel family. INDEXCACHE_KERNELS(topk) names those that every family has.
 template <class Params>
 struct Kernels {
   void (*cpu)(const Params&, Context&);
   void (*generic)(const Params&, generic::Stream);
+  void (*sm90)(const Params&, generic::Stream) = nullptr;
 };
 
 #define INDEXCACHE_KERNELS(function) {&cpu::function, INDEXCACHE_GENERIC(function)}
+#define INDEXCACHE_SM90_KERNELS(function) {&cpu::function, INDEXCACHE_GENERIC(function), INDEXCACHE_SM90(function)}
 
 /// Runs `kernels` on `params` with the backend that serves `check.op()`.
 template <class Params>
@@ -36,7 +41,8 @@ void launch(const Check& check, Context& ctx, const CallShape& shape, const Para
   if (backend == Backend::cpu) return kernels.cpu(params, ctx);
 #if INDEXCACHE_WITH_CUDA
   const cuda::DeviceGuard guard(device.index);
-  kernels.generic(params, static_cast<generic::Stream>(ctx.stream(device)));
+  const auto kernel = backend == Backend::sm90 ? kernels.sm90 : kernels.generic;
+  kernel(params, static_cast<generic::Stream>(ctx.stream(device)));
 #endif
 }
 

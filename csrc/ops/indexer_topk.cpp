@@ -32,7 +32,7 @@ float* scratch_rows(Context& ctx, const Check& check, int64_t rows, int64_t colu
 TensorView indexer_topk(Context& ctx, const TensorView& q, const TensorView& k, const TensorView& k_scale,
                         const TensorView& weights, const TensorView& starts, const TensorView& ends, int64_t topk,
                         const MaybeView& out) {
-  const Check check("indexer_topk", q);
+  const Check check("indexer_topk", q), selecting("topk", q);
   const IndexerLogitsParams all = ops::indexer_params(check, q, k, k_scale, weights, starts, ends);
   check.at_least("topk", topk, 1);
   const int64_t chunk = std::min(all.queries, rows_per_chunk(check, all.keys));
@@ -57,7 +57,7 @@ TensorView indexer_topk(Context& ctx, const TensorView& q, const TensorView& k, 
                                .ends = part.ends,
                                .k = topk,
                                .out = result.as<int32_t>() + row * topk};
-    ops::launch(check, ctx, shape, selection, INDEXCACHE_KERNELS(topk));
+    ops::launch(selecting, ctx, {.k = topk, .dtype = DType::f32}, selection, INDEXCACHE_SM90_KERNELS(topk));
   }
   return result;
 }
@@ -65,7 +65,7 @@ TensorView indexer_topk(Context& ctx, const TensorView& q, const TensorView& k, 
 TensorView indexer_topk_paged(Context& ctx, const TensorView& q, const TensorView& index_k_cache,
                               const TensorView& weights, const TensorView& context_lens, const TensorView& block_table,
                               int64_t topk, const MaybeView& out) {
-  const Check check("indexer_topk_paged", q);
+  const Check check("indexer_topk_paged", q), selecting("topk", q);
   const IndexerLogitsPagedParams all =
       ops::indexer_paged_params(check, q, index_k_cache, weights, context_lens, block_table);
   check.at_least("topk", topk, 1);
@@ -100,7 +100,7 @@ TensorView indexer_topk_paged(Context& ctx, const TensorView& q, const TensorVie
                                  .ends = part.context_lens,
                                  .k = topk,
                                  .out = result.as<int32_t>() + row * topk};
-      ops::launch(check, ctx, shape, selection, INDEXCACHE_KERNELS(topk));
+      ops::launch(selecting, ctx, {.k = topk, .dtype = DType::f32}, selection, INDEXCACHE_SM90_KERNELS(topk));
     }
   }
   return result;

@@ -25,7 +25,7 @@ TensorView topk(Context& ctx, const TensorView& logits, const TensorView& starts
                           .ends = ends.as<int32_t>(),
                           .k = k,
                           .out = result.as<int32_t>()};
-  ops::launch(check, ctx, {.k = k, .dtype = DType::f32}, params, INDEXCACHE_KERNELS(topk));
+  ops::launch(check, ctx, {.k = k, .dtype = DType::f32}, params, INDEXCACHE_SM90_KERNELS(topk));
   return result;
 }
 

@@ -2,7 +2,7 @@
 
 Arrays come as NumPy arrays or anything with ``__dlpack__``. NumPy knows neither float8 nor bfloat16: uint8 arrays
 stand for e4m3 and uint16 arrays for bf16 bits, in both directions. CUDA calls run on ``stream`` (a ``cudaStream_t`` as
-an integer, 0: the default stream) and return arrays of the inputs' library.
+an integer, 0: the default stream) and return arrays of the inputs' library, bf16 as bfloat16 and e4m3 as uint8.
 """
 
 from typing import Any

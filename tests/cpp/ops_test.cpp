@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/cuda/sm90/topk/config.h"  // its pure functions
 #include "indexcache/backend.h"
 #include "indexcache/ops.h"
 
@@ -132,6 +133,24 @@ void test_errors() {
   }
 }
 
+void test_topk_plan() {
+  using namespace sm90::radix_topk;
+  struct {
+    int64_t rows, columns;
+    int blocks;
+  } const cases[] = {{1, 131072, 16}, {1, 1 << 23, 16}, {16, 131072, 8}, {64, 65536, 2},   {128, 32768, 1},
+                     {1, 8192, 1},    {1, 16384, 2},    {1, 0, 1},      {4096, 65536, 1}, {100000, 1 << 20, 1}};
+  for (const auto& c : cases) {
+    expect(cluster_size(c.rows, c.columns, 132) == c.blocks,
+           "blocks per row of " + std::to_string(c.rows) + " x " + std::to_string(c.columns));
+  }
+  bool long_enough = true;
+  for (int64_t length = kWholeRow + 1; length < INT32_MAX; length += 1 + length / 97) {
+    long_enough &= length / sample_parts(length) >= 2 * kSampleUnit;
+  }
+  expect(long_enough, "every part of a sampled row holds an aligned unit");
+}
+
 }  // namespace
 
 int main() {
@@ -139,6 +158,7 @@ int main() {
   test_topk(random);
   test_attention(random);
   test_errors();
+  test_topk_plan();
   expect(!capabilities().empty() && choose_backend("topk", {}, {}) == Backend::cpu, "the CPU serves topk");
   std::printf("%d failed\n", failures);
   return failures != 0;

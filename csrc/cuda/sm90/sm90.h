@@ -1,0 +1,14 @@
+// The sm90 backend: kernels for compute capability 9.0 (H100, H200), where the support table sends a call to them.
+// Every function launches on `stream` of the current device and returns; a failed launch throws Error.
+#pragma once
+
+#include "csrc/cuda/generic/generic.h"
+
+namespace indexcache::sm90 {
+
+using generic::Stream;
+
+/// As generic::topk, for k <= 2,048.
+void topk(const TopkParams& p, Stream stream);
+
+}  // namespace indexcache::sm90
