@@ -25,7 +25,8 @@ inline constexpr int64_t kLeastSlice = 8192;  // columns per block below which a
 /// Parts of a row that give one sample unit each: every part is at least two units long.
 inline constexpr int sample_parts(int64_t length) {
   const int64_t rounds = length >> 18;  // one unit per thread for every 2^18 columns, up to 32
-  return length < 2 * kThreads * kSampleUnit ? kThreads / 2 : kThreads * static_cast<int>(rounds < 1 ? 1 : rounds < 32 ? rounds : 32);
+  if (length < 2 * kThreads * kSampleUnit) return kThreads / 2;
+  return kThreads * static_cast<int>(rounds < 1 ? 1 : rounds < 32 ? rounds : 32);
 }
 /// The sample aims at 8/5 k survivors. In a row of 131,072 about 102 samples lie above that threshold, with a standard
 /// deviation of 10 %, so fewer than k survivors is 4 deviations away. Short selections aim at kLeastRank samples.
