@@ -130,7 +130,10 @@ def vectors(kind: str, shape: tuple[int, ...], data: Data) -> Tensor:
 TOPK_VALUES = (
     "randn", "binade", "low_bits", "bits", "constant", "periodic", "rounded", "relu", "rare", "late_block", "ramp_up",
     "ramp_down", "zeros", "infinities", "nan", "all_nan", "all_minus_inf", "magnitudes", "subnormal", "huge",
+    "relu_70", "packed", "comb_256", "gap_256",
 )  # fmt: skip
+# Normal data, and what slows selection down: a benchmark reports each shape on all of them.
+TOPK_HARD = ("randn", "relu_70", "constant", "binade", "ramp_up", "ramp_down", "packed", "periodic")
 
 
 def topk_values(kind: str, rows: int, columns: int, data: Data) -> Tensor:
@@ -175,9 +178,18 @@ def topk_values(kind: str, rows: int, columns: int, data: Data) -> Tensor:
         return data.integers(0, 1 << 23, *shape).view(torch.float32) * data.choice([1.0, -1.0], *shape)
     if kind == "huge":  # beyond half precision
         return data.randn(*shape) * 1e6
+    if kind == "relu_70":  # 70 % are 0
+        return (data.randn(*shape) - 0.5244).relu()
+    if kind == "packed":  # the best 2048, or half of the row, lie side by side
+        width = min(2048, columns // 2)
+        first = data.integers(0, columns - width + 1, rows, 1)
+        return data.randn(*shape).add_(((column >= first) & (column < first + width)) * 16.0)
+    name, _, period = kind.partition("_")
+    if name == "periodic" and period:
+        return (column % int(period) / int(period)).expand(shape).contiguous()
+    if name in ("comb", "gap") and period:  # samples at a stride see only the best, or none of them
+        return data.randn(*shape).add_((column % int(period) < 8) * (8.0 if name == "comb" else -8.0))
     raise ValueError(kind)
-
-
 
 
 def attention_values(kind: str, data: Data, *shape: int) -> Tensor:

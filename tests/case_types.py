@@ -208,7 +208,7 @@ class PagedIndexerCase(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class TopkCase(Case):
-    """Selection among given logits."""
+    """Selection among given logits, float32 or bfloat16."""
 
     rows: int = 7
     columns: int = 1003
@@ -216,10 +216,11 @@ class TopkCase(Case):
     windows: str = "random"
     values: str = "randn"
     row_extra: int = 0
+    dtype: torch.dtype = torch.float32
 
     def make(self, device: torch.device | str) -> dict:
         data = self.data(device)
-        logits = topk_values(self.values, self.rows, self.columns, data).to(device)
+        logits = topk_values(self.values, self.rows, self.columns, data).to(device).to(self.dtype)
         starts, ends = windows(self.windows, self.rows, self.columns, data)
         return {
             "logits": pad_rows(logits, self.row_extra, 1e9),  # what lies between two rows must not be selected
@@ -227,6 +228,30 @@ class TopkCase(Case):
             "ends": ends.to(device),
             "k": self.k,
         }
+
+
+def slot_table(
+    data: Data, rows: int, requests: int, table_pages: int, page_size: int, pages: int, device: torch.device | str
+) -> dict:
+    """The arguments of a translation but the positions: a table that names [-2, pages), rows of no request."""
+    request = data.integers(0, max(1, requests), rows)
+    request = data.sprinkle(request, [INT_MIN, -1, requests, INT_MAX], 0.2)
+    table = data.integers(-2, pages, requests, table_pages)
+    return {"block_table": table.to(device), "requests": request.to(device), "page_size": page_size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopkSlotsCase(TopkCase):
+    """Selection among given logits, as slots of a cache."""
+
+    requests: int = 3
+    table_pages: int = 20
+    page_size: int = 64
+    pages: int = 100  # the table names [-2, pages)
+
+    def make(self, device: torch.device | str) -> dict:
+        table = (self.rows, self.requests, self.table_pages, self.page_size, self.pages)
+        return super().make(device) | slot_table(self.data(device), *table, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,14 +270,8 @@ class SlotsCase(Case):
         room = min(max(1, self.table_pages * self.page_size), INT_MAX - 1)
         indices = data.integers(-1, room, self.tokens, self.k)
         indices = data.sprinkle(indices, [INT_MIN, -2, -1, room, room + 1, INT_MAX], 0.2)
-        requests = data.integers(0, max(1, self.requests), self.tokens)
-        requests = data.sprinkle(requests, [INT_MIN, -1, self.requests, INT_MAX], 0.2)
-        arguments = {
-            "indices": indices,
-            "block_table": data.integers(-2, self.pages, self.requests, self.table_pages),
-            "requests": requests,
-        }
-        return {name: x.to(device) for name, x in arguments.items()} | {"page_size": self.page_size}
+        table = (self.tokens, self.requests, self.table_pages, self.page_size, self.pages)
+        return {"indices": indices.to(device)} | slot_table(data, *table, device)
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------

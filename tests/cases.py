@@ -16,6 +16,7 @@ from case_types import (
     QuantizeCase,
     SlotsCase,
     TopkCase,
+    TopkSlotsCase,
 )
 
 QUANTIZE_Q = (
@@ -116,6 +117,12 @@ PAGED_INDEXER = (
     PagedIndexerCase(lengths=(9000, 70), table_pages=150, max_context_len=9000, spare_pages=260_000, large=True),
 )
 
+# Rounding to bfloat16 makes ties of neighbours, zeros of what is small and infinities of what is large.
+BF16_VALUES = (
+    "randn", "binade", "bits", "rounded", "relu", "late_block", "zeros", "infinities", "nan", "magnitudes", "subnormal",
+    "huge", "packed", "gap_256",
+)  # fmt: skip
+
 TOPK = (
     *(TopkCase(values=values, columns=5003, k=512) for values in TOPK_VALUES),
     *(TopkCase(values=values, columns=777, windows="full", k=300) for values in ("zeros", "nan", "infinities", "bits")),
@@ -127,6 +134,12 @@ TOPK = (
     TopkCase(rows=1, columns=65_537, k=2048, windows="full"),
     TopkCase(rows=2, columns=65_537, k=2048, windows="full", values="rounded"),
     TopkCase(rows=300, columns=100, k=10),
+    *(TopkCase(values=values, columns=5003, k=512, dtype=torch.bfloat16) for values in BF16_VALUES),
+    *(TopkCase(columns=1001, row_extra=extra, dtype=torch.bfloat16) for extra in (0, 1, 2, 3, 7)),
+    *(TopkCase(columns=n, k=64, windows="full", dtype=torch.bfloat16) for n in (1, 7, 8, 9, 63, 65, 1025)),
+    *(TopkCase(columns=n, k=2048, windows="full", rows=3, dtype=torch.bfloat16) for n in (2047, 2049, 8192, 16_385)),
+    *(TopkCase(k=k, columns=4099, rows=5, row_extra=1, dtype=torch.bfloat16) for k in (1, 2051, 5000)),
+    TopkCase(rows=1, columns=65_537, k=2048, windows="full", dtype=torch.bfloat16),
     TopkCase(rows=0),
     TopkCase(columns=0),
     TopkCase(rows=100_000, columns=257, large=True),
@@ -136,6 +149,35 @@ TOPK = (
     *(TopkCase(rows=3, columns=140_003, k=2048, values=values, large=True) for values in TOPK_VALUES),
     *(TopkCase(rows=200, columns=20_011, k=700, values=values, windows="full", large=True) for values in TOPK_VALUES),
     *(TopkCase(rows=2, columns=columns, k=2048, windows="full", large=True) for columns in (4096, 4097, 8191, 8193, 16_385)),
+    *(
+        TopkCase(rows=rows, columns=columns, k=k, values=values, row_extra=extra, dtype=torch.bfloat16, large=True)
+        for rows, columns, k, extra in ((3, 140_003, 2048, 1), (200, 20_011, 700, 0))
+        for values in BF16_VALUES
+    ),
+    TopkCase(rows=2, columns=1 << 23, k=2048, windows="full", dtype=torch.bfloat16, large=True),
+    TopkCase(rows=17_000, columns=262_147, k=512, dtype=torch.bfloat16, large=True),
+)
+
+TOPK_TO_SLOTS = (
+    *(TopkSlotsCase(page_size=page_size, table_pages=1003 // page_size + 1) for page_size in (1, 2, 61, 64, 1003)),
+    *(TopkSlotsCase(table_pages=pages) for pages in (1, 8)),  # shorter than the row
+    *(TopkSlotsCase(rows=33, windows=kind) for kind in ("empty", "inverted", "extreme", "full", "causal")),
+    *(TopkSlotsCase(values=values) for values in ("constant", "nan", "all_nan", "infinities")),
+    *(TopkSlotsCase(k=k, columns=4099, table_pages=70) for k in (1, 2048, 2051, 5000)),
+    *(TopkSlotsCase(dtype=torch.bfloat16, row_extra=extra, page_size=61) for extra in (0, 1)),
+    TopkSlotsCase(pages=INT_MAX),  # slots past 2^31 - 1
+    TopkSlotsCase(page_size=1 << 30, pages=3, table_pages=2),
+    TopkSlotsCase(page_size=1 << 62),
+    TopkSlotsCase(rows=0),
+    TopkSlotsCase(columns=0),
+    TopkSlotsCase(requests=0),
+    TopkSlotsCase(table_pages=0),
+    TopkSlotsCase(rows=2, columns=65_537, k=2048, windows="full", table_pages=1025),
+    TopkSlotsCase(rows=2, columns=65_537, k=2048, windows="full", table_pages=1025, dtype=torch.bfloat16),
+    TopkSlotsCase(rows=3, columns=140_003, k=2048, table_pages=2188, large=True),
+    TopkSlotsCase(rows=200, columns=20_011, k=700, table_pages=300, values="rounded", dtype=torch.bfloat16, large=True),
+    TopkSlotsCase(rows=2, columns=1 << 23, k=2048, windows="full", page_size=1, table_pages=1 << 23, large=True),
+    TopkSlotsCase(rows=100_000, columns=257, large=True),
 )
 
 TO_SLOTS = (
@@ -202,6 +244,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     "indexer_logits": INDEXER,
     "indexer_logits_paged": PAGED_INDEXER,
     "topk": TOPK,
+    "topk_to_slots": TOPK_TO_SLOTS,
+    "topk_reads": TOPK,
     "indexer_topk": INDEXER,
     "indexer_topk_paged": PAGED_INDEXER,
     "to_slots": TO_SLOTS,

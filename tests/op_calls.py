@@ -12,6 +12,7 @@ from case_types import (
     QuantizeCase,
     SlotsCase,
     TopkCase,
+    TopkSlotsCase,
 )
 from torch import Tensor
 
@@ -37,6 +38,11 @@ CALLS: tuple[tuple[str, Case], ...] = (
     ("indexer_logits_paged", _PAGED),
     ("topk", TopkCase(rows=5, columns=100, k=12, windows="causal", values="rounded")),
     ("topk", TopkCase(rows=5, columns=100, k=130, row_extra=3)),  # k past the window, padded rows
+    ("topk", TopkCase(rows=5, columns=100, k=12, dtype=torch.bfloat16)),
+    ("topk_to_slots", TopkSlotsCase(rows=5, columns=100, k=12, windows="causal", table_pages=9, page_size=11)),
+    ("topk_to_slots", TopkSlotsCase(rows=5, columns=100, k=130, table_pages=2, dtype=torch.bfloat16)),
+    ("topk_reads", TopkCase(rows=5, columns=100, k=12, windows="causal", values="rounded")),
+    ("topk_reads", TopkCase(rows=5, columns=3000, k=12, dtype=torch.bfloat16)),
     ("indexer_topk", _INDEXER),
     ("indexer_topk_paged", _PAGED),
     ("to_slots", SlotsCase(tokens=6, k=11, requests=3)),
@@ -47,6 +53,8 @@ CALLS: tuple[tuple[str, Case], ...] = (
 )
 IDS = [f"{name}-{i}" for i, (name, _) in enumerate(CALLS)]
 
+# Its result tells of the kernel, and may be the same for other inputs.
+DIAGNOSTIC = "topk_reads"
 MUTATED = {"store_index_k": "index_k_cache", "store_latent_kv": "kv_cache"}
 
 

@@ -11,7 +11,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from case_types import AttentionCase, IndexerCase, LatentCase, PagedIndexerCase, QuantizeCase, SlotsCase, TopkCase
+from case_types import (
+    AttentionCase,
+    IndexerCase,
+    LatentCase,
+    PagedIndexerCase,
+    QuantizeCase,
+    SlotsCase,
+    TopkCase,
+    TopkSlotsCase,
+)
 from torch import Tensor
 
 ops = torch.ops.indexcache
@@ -22,6 +31,7 @@ _LATENT = LatentCase(tokens=5, page_size=8, pages=2)
 _INDEXER = IndexerCase(tokens=5, keys=7, heads=3, dim=16)
 _PAGED = PagedIndexerCase(lengths=(70, 65), queries=3, heads=4, dim=16, max_context_len=9, table_pages=2)
 _TOPK = TopkCase(rows=5, columns=7, k=4)
+_TOPK_SLOTS = TopkSlotsCase(rows=5, columns=7, k=4, requests=2, table_pages=3)
 _SLOTS = SlotsCase(tokens=5, k=6, requests=2, table_pages=3)
 _DENSE = AttentionCase(tokens=5, heads=3, keys=11, k=6, d_qk=16, d_v=8, sink="randn", lengths=True)
 _CACHED = AttentionCase(tokens=5, heads=3, keys=16, k=6, page_size=8, sink="randn", lengths=True)
@@ -46,6 +56,8 @@ _PAGED_SCORES = {
     "context_lens": "int32 [2, 3]",
     "block_table": "int32 [2, pages]",
 }
+_LOGITS = {"logits": f"{FLOATS} [rows, columns]", "starts": "int32 [5]", "ends": "int32 [5]"}
+_TABLE = {"block_table": "int32 [requests, pages]", "requests": "int32 [5]"}
 _SOFTMAX = {"sink": "float32 [3]", "lengths": "int32 [5]"}
 
 # What each op takes, in the words of its errors. The first argument sets the device of all.
@@ -62,10 +74,12 @@ EXPECTED: dict[str, dict[str, str]] = {
     "gather_latent_kv": {"kv_cache": "uint8 [pages, page_size, 656]", "slots": f"{INTS} [rows]"},
     "indexer_logits": _SCORES,
     "indexer_logits_paged": _PAGED_SCORES,
-    "topk": {"logits": "float32 [rows, columns]", "starts": "int32 [5]", "ends": "int32 [5]"},
+    "topk": _LOGITS,
+    "topk_to_slots": _LOGITS | _TABLE,
+    "topk_reads": _LOGITS,
     "indexer_topk": _SCORES,
     "indexer_topk_paged": _PAGED_SCORES,
-    "to_slots": {"indices": "int32 [tokens, k]", "block_table": "int32 [requests, pages]", "requests": "int32 [5]"},
+    "to_slots": {"indices": "int32 [tokens, k]", **_TABLE},
     "sparse_mla": {
         "q": f"{FLOATS} [tokens, heads, d_qk]",
         "kv": "bfloat16 [keys, 16]",
@@ -85,6 +99,7 @@ OUTS: dict[str, dict[str, str]] = {
     "indexer_logits": {"out": "float32 [5, 7]"},
     "indexer_logits_paged": {"out": "float32 [2, 3, 9]"},
     "topk": {"out": "int32 [5, 4]"},
+    "topk_to_slots": {"out": "int32 [5, 4]"},
     "indexer_topk": {"out": "int32 [5, 4]"},
     "indexer_topk_paged": {"out": "int32 [2, 3, 4]"},
     "to_slots": {"out": "int32 [5, 6]"},
@@ -95,6 +110,8 @@ OUTS: dict[str, dict[str, str]] = {
 # Arguments whose strides are not all fixed: the dimension that must still be dense, and how the error says so.
 STRIDED = {
     ("topk", "logits"): (1, ROWS),
+    ("topk_to_slots", "logits"): (1, ROWS),
+    ("topk_reads", "logits"): (1, ROWS),
     ("sparse_mla", "q"): (2, ROWS),
     ("sparse_mla", "kv"): (1, ROWS),
     ("sparse_mla_paged", "q"): (2, ROWS),
@@ -123,8 +140,8 @@ def good_call(op: str, device: str) -> dict:
         return _PAGED.make(device)
     if op == "indexer_topk_paged":
         return {name: x for name, x in _PAGED.make(device).items() if name != "max_context_len"} | {"topk": 4}
-    case = {"topk": _TOPK, "to_slots": _SLOTS, "sparse_mla": _DENSE, "sparse_mla_paged": _CACHED}[op]
-    return case.make(device)
+    selections = {"topk": _TOPK, "topk_to_slots": _TOPK_SLOTS, "topk_reads": _TOPK, "to_slots": _SLOTS}
+    return (selections | {"sparse_mla": _DENSE, "sparse_mla_paged": _CACHED})[op].make(device)
 
 
 def good_outs(op: str, device: str) -> dict[str, Tensor]:
@@ -276,6 +293,9 @@ if torch.cuda.is_available():
 NUMBERS = [
     ("topk", "k", 0, ">= 1"),
     ("topk", "k", -5, ">= 1"),
+    ("topk_to_slots", "k", 0, ">= 1"),
+    ("topk_to_slots", "page_size", 0, ">= 1"),
+    ("topk_reads", "k", 0, ">= 1"),
     ("indexer_topk", "topk", 0, ">= 1"),
     ("indexer_topk_paged", "topk", -1, ">= 1"),
     ("indexer_logits_paged", "max_context_len", -1, ">= 0"),

@@ -196,8 +196,11 @@ def test_fakes_keep_symbols(device):
 
 
 def test_k_may_be_symbolic(device):
-    def select(logits: Tensor, ends: Tensor) -> Tensor:
-        return ops.topk(logits, torch.zeros_like(ends), ends, logits.size(1) // 4)
+    def select(logits: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        starts, k = torch.zeros_like(ends), logits.size(1) // 4
+        pages = torch.arange(logits.size(1) // PAGE, dtype=torch.int32, device=ends.device).flip(0)
+        slots = ops.topk_to_slots(logits, starts, ends, k, pages[None], starts, PAGE)
+        return ops.topk(logits.bfloat16(), starts, ends, k), slots
 
     calls = []
     for rows, columns in ((6, 100), (9, 37), (3, 64)):

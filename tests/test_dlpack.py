@@ -64,6 +64,7 @@ def test_numpy_without_torch_equals_torch(tmp_path):
             expected.append(wanted)
     for name, case, padded in (
         ("topk", TopkCase(columns=90, k=9), ["logits"]),
+        ("topk", TopkCase(columns=90, k=9, dtype=torch.bfloat16), ["logits"]),
         ("sparse_mla", AttentionCase(d_qk=40, d_v=24, keys=40, k=9), ["q", "kv"]),
     ):
         call = arguments(name, case, "cpu")
@@ -90,6 +91,8 @@ def test_bad_input_has_the_text_of_torch(tmp_path):
         {"op": "topk", "call": topk | {"logits": topk["logits"].double()}},
         {"op": "topk", "call": topk | {"ends": topk["ends"][:-1]}},
         {"op": "topk", "call": topk | {"out": torch.zeros(2, 2, dtype=torch.int32)}},
+        {"op": "topk_to_slots", "call": one_call("topk_to_slots") | {"page_size": 0}},
+        {"op": "topk_reads", "call": one_call("topk_reads") | {"k": 0}},
         {"op": "indexer_topk", "call": one_call("indexer_topk") | {"topk": -1}},
         {"op": "sparse_mla", "call": mla | {"kv": mla["kv"].float()}},
         {"op": "sparse_mla", "call": mla | {"d_v": 0}},
@@ -116,9 +119,9 @@ def test_arrays_that_cannot_serve_are_refused():
         _C.topk(**call | {"starts": None})
     with pytest.raises(ValueError, match="expected logits to be .*strides"):
         _C.topk(**call | {"logits": np.zeros((5, 100), dtype="f4,u1")["f0"]})  # elements 5 bytes apart
-    with pytest.raises(ValueError, match="expected logits to be float32"):
+    with pytest.raises(ValueError, match="expected logits to be bfloat16 or float32"):
         _C.topk(**call | {"logits": call["logits"].astype(np.complex64)})
-    with pytest.raises(ValueError, match="expected logits to be float32"):
+    with pytest.raises(ValueError, match="expected logits to be bfloat16 or float32"):
         _C.topk(**call | {"logits": call["logits"].astype(">f4")})
     out = np.zeros((5, call["k"]), np.int32)
     out.flags.writeable = False

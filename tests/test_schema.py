@@ -30,6 +30,11 @@ SCHEMAS = (
     "Tensor block_table, SymInt max_context_len, *, Tensor(a!) out) -> ()",
     "topk(Tensor logits, Tensor starts, Tensor ends, SymInt k) -> Tensor",
     "topk.out(Tensor logits, Tensor starts, Tensor ends, SymInt k, *, Tensor(a!) out) -> ()",
+    "topk_to_slots(Tensor logits, Tensor starts, Tensor ends, SymInt k, Tensor block_table, Tensor requests, "
+    "SymInt page_size) -> Tensor",
+    "topk_to_slots.out(Tensor logits, Tensor starts, Tensor ends, SymInt k, Tensor block_table, Tensor requests, "
+    "SymInt page_size, *, Tensor(a!) out) -> ()",
+    "topk_reads(Tensor logits, Tensor starts, Tensor ends, SymInt k) -> Tensor",
     "indexer_topk(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor starts, Tensor ends, SymInt topk) "
     "-> Tensor",
     "indexer_topk.out(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor starts, Tensor ends, SymInt topk, *, "

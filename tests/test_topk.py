@@ -1,4 +1,4 @@
-"""Exact selection: every distribution that breaks some top-k kernel, index for index."""
+"""Exact selection: every distribution that breaks some top-k kernel, index for index; its slots, and its reads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import math
 import pytest
 import torch
 from case_data import INT_MAX, INT_MIN
-from case_types import TopkCase
-from compare import assert_out_variant, assert_repeats, assert_rows_stand_alone, assert_same_bits, run, some_rows
+from case_types import TopkCase, TopkSlotsCase
+from compare import (
+    assert_out_variant,
+    assert_repeats,
+    assert_rows_stand_alone,
+    assert_same_bits,
+    run,
+    some_rows,
+    take_rows,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +24,7 @@ from indexcache_ext import reference
 
 ops = torch.ops.indexcache
 ROWS = "logits starts ends"
+TABLE = ("block_table", "requests", "page_size")
 
 
 @pytest.mark.cases("topk", large=True)
@@ -47,24 +56,31 @@ def test_selection_is_that_of_the_plain_backend(device: str, case: TopkCase, bac
     assert_same_bits(selected, ops.topk(**arguments))
 
 
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+
+
+@dtypes
 @pytest.mark.parametrize("stride", [0, 1, 5])
-def test_rows_may_overlap(device: str, stride: int) -> None:
+def test_rows_may_overlap(device: str, stride: int, dtype: torch.dtype) -> None:
     """Any row stride is legal, also one that lets rows share memory."""
-    memory = torch.randn(64, generator=torch.Generator().manual_seed(3)).to(device)
+    memory = torch.randn(64, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     logits = memory.as_strided((4, 40), (stride, 1))
     starts, ends = (torch.full((4,), bound, dtype=torch.int32, device=device) for bound in (3, 40))
     assert_same_bits(ops.topk(logits, starts, ends, 9), reference.topk(logits, starts, ends, 9))
 
 
+@dtypes
 @pytest.mark.parametrize("offset", [1, 2, 3])
-def test_rows_may_start_anywhere(device: str, offset: int) -> None:
-    """A row that is aligned to 4 bytes only, as a slice of a wider tensor is."""
-    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(offset)).to(device)[:, offset:-7]
+def test_rows_may_start_anywhere(device: str, offset: int, dtype: torch.dtype) -> None:
+    """A row that is aligned to one score only, as a slice of a wider tensor is."""
+    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(offset)).to(device, dtype)[:, offset:-7]
     starts, ends = (torch.full((5,), bound, dtype=torch.int32, device=device) for bound in (0, logits.size(1)))
     assert_same_bits(ops.topk(logits, starts, ends, 50), reference.topk(logits, starts, ends, 50))
 
 
-HOSTILE = [0.0, -0.0, 1.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 3.4e38, 65504.0, 65520.0]
+HOSTILE = torch.tensor(  # and back: the numbers that float32 has, for Python compares them too
+    [0.0, -0.0, 1.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 3.4e38, 65504.0, 65520.0]
+).tolist()
 FLOATS = st.one_of(st.sampled_from(HOSTILE), st.floats(width=32))
 BOUNDS = st.one_of(st.integers(-3, 70), st.sampled_from([INT_MIN, INT_MIN + 1, INT_MAX - 1, INT_MAX]))
 
@@ -94,10 +110,11 @@ def as_tensors(logits: list[list[float]], *bounds: list[int], device: str) -> li
 @given(selections())
 def test_any_row_is_selected_as_the_contract_says(device: str, drawn: tuple) -> None:
     logits, starts, ends, k = drawn
-    tensors = as_tensors(logits, starts, ends, device=device)
-    expected = [best_columns(*row, k) for row in zip(logits, starts, ends)]
-    assert ops.topk(*tensors, k).tolist() == expected
-    assert reference.topk(*tensors, k).tolist() == expected
+    values, *bounds = as_tensors(logits, starts, ends, device=device)
+    for scores in (values, values.bfloat16()):
+        expected = [best_columns(*row, k) for row in zip(scores.tolist(), starts, ends)]
+        assert ops.topk(scores, *bounds, k).tolist() == expected
+        assert reference.topk(scores, *bounds, k).tolist() == expected
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -126,3 +143,88 @@ def test_k_larger_than_memory_of_a_row(device: str) -> None:
     starts, ends = torch.tensor([0], device=device).int(), torch.tensor([3], device=device).int()
     selected = ops.topk(logits, starts, ends, 100_000)
     assert selected[0, :3].tolist() == [0, 1, 2] and (selected[0, 3:] == -1).all()
+
+
+# --- Selection as slots of a cache ------------------------------------------------------------------------------------
+
+
+@pytest.mark.cases("topk_to_slots", large=True)
+def test_slots_are_those_of_the_two_ops(device: str, case: TopkSlotsCase) -> None:
+    """Of this library bit for bit, and of the reference."""
+    arguments = case.make(device)
+    slots = ops.topk_to_slots(**arguments) if case.large else run("topk_to_slots", arguments)
+    rows = some_rows(case.rows, 2000) if case.large else slice(None)
+    expected = reference.topk_to_slots(**take_rows(arguments, f"{ROWS} requests", rows))
+    assert_same_bits(slots[rows], expected)
+    table = {name: arguments.pop(name) for name in TABLE}
+    assert_same_bits(slots, ops.to_slots(ops.topk(**arguments), **table))
+
+
+@pytest.mark.cases("topk_to_slots")
+def test_slots_depend_on_their_row_only(device: str, case: TopkSlotsCase) -> None:
+    arguments = case.make(device)
+    expected = run("topk_to_slots", arguments)
+    assert_repeats("topk_to_slots", arguments, expected)
+    assert_out_variant("topk_to_slots", arguments, expected)
+    if case.rows:
+        assert_rows_stand_alone("topk_to_slots", arguments, f"{ROWS} requests", expected)
+
+
+@pytest.mark.cases("topk_to_slots", large=True)
+def test_slots_are_those_of_the_plain_backend(device: str, case: TopkSlotsCase, backend) -> None:
+    arguments = case.make(device)
+    slots = ops.topk_to_slots(**arguments)
+    backend("generic" if device == "cuda" else "cpu")
+    assert_same_bits(slots, ops.topk_to_slots(**arguments))
+
+
+def test_slots_by_hand(device: str) -> None:
+    """Pages of 2: the slots of a row keep the order of their columns, and -1 stays where a column has no page."""
+    row = [1.0, 9.0, 8.0, math.nan, 7.0, 6.0, 5.0]
+    logits = torch.tensor([row] * 4, device=device)
+    starts, ends = (torch.tensor(bound, dtype=torch.int32, device=device) for bound in ([0, 0, 2, 0], [7, 7, 7, 2]))
+    table = torch.tensor([[30, 7, -1], [0, 2**30, 2**30 - 1]], dtype=torch.int32, device=device)
+    requests = torch.tensor([0, 1, 2, 0], dtype=torch.int32, device=device)
+    slots = ops.topk_to_slots(logits, starts, ends, 5, table, requests, 2)
+    assert slots.tolist() == [
+        [61, 14, -1, -1, -1],  # columns 1, 2, 4, 5, 6: page -1, and past the table
+        [1, -1, 2**31 - 2, 2**31 - 1, -1],  # 2 * 2^30 is no int32
+        [-1] * 5,  # no such request
+        [60, 61, -1, -1, -1],  # a window of two columns
+    ]
+
+
+# --- How often a row is read ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cases("topk_reads")
+def test_reads_are_counted_on_every_backend(device: str, case: TopkCase, backend) -> None:
+    """At least once where there is something to choose; which number it is, is the backend's own."""
+    arguments = case.make(device)
+    _, starts, ends = (arguments[name] for name in ROWS.split())
+    length = ends.long().clamp(max=case.columns) - starts.long().clamp(min=0)
+    for name in ("auto", "generic" if device == "cuda" else "cpu"):
+        backend(name)
+        reads = run("topk_reads", arguments)
+        assert reads.shape == (case.rows,) and reads.dtype == torch.int32
+        assert (reads[length > case.k] >= 1).all() and (reads >= 0).all()
+        assert_repeats("topk_reads", arguments, reads)
+
+
+def reads_on_the_cpu(values: str, dtype: torch.dtype, k: int = 2048) -> set[int]:
+    case = TopkCase(rows=20, columns=40_000, k=k, windows="full", values=values, dtype=dtype)
+    return set(ops.topk_reads(**case.make("cpu")).tolist())
+
+
+@dtypes
+def test_a_long_row_is_read_once_unless_its_values_are_hard(dtype: torch.dtype) -> None:
+    assert reads_on_the_cpu("randn", dtype) == reads_on_the_cpu("relu_70", dtype) == {1}
+    assert min(reads_on_the_cpu("constant", dtype)) > 1
+    assert min(reads_on_the_cpu("randn", dtype, k=40_000)) > 1  # nothing to sample where all are taken
+
+
+@pytest.mark.parametrize("columns", [0, 5])
+def test_reads_need_no_memory_for_k_past_the_columns(device: str, columns: int) -> None:
+    logits = torch.zeros(2, columns, device=device)
+    starts, ends = (torch.full((2,), bound, dtype=torch.int32, device=device) for bound in (0, columns))
+    assert ops.topk_reads(logits, starts, ends, 2**62).shape == (2,)

@@ -21,4 +21,16 @@ static INDEXCACHE_HOST_DEVICE inline uint8_t* row_of(const PagedCache& cache, in
   return page_of(cache, slot) + slot % cache.page_size * row_bytes;
 }
 
+/// The slot of `position` in the request of row `row`, or -1 where the table names none that an int32 holds.
+static INDEXCACHE_HOST_DEVICE inline int32_t slot_of(const SlotTable& table, int64_t row, int64_t position) {
+  const int64_t request = table.request[row];
+  if (position < 0 || position / table.page_size >= table.table_pages) return -1;
+  if (request < 0 || request >= table.requests) return -1;
+  const int64_t page = table.block_table[request * table.table_pages + position / table.page_size];
+  const int64_t offset = position % table.page_size;
+  // A page size is any int64: the bound is checked before the product is formed.
+  if (page < 0 || page > (INT32_MAX - offset) / table.page_size) return -1;
+  return static_cast<int32_t>(page * table.page_size + offset);
+}
+
 }  // namespace indexcache

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "csrc/common/numeric.h"
+#include "csrc/common/paged.h"
 #include "csrc/cpu/balance.h"
 #include "csrc/cpu/cpu.h"
 #include "csrc/cpu/topk_scan.h"
@@ -71,29 +73,44 @@ class Selector {
  public:
   explicit Selector(int64_t k) : k_(k) {}
 
-  /// The k best of `logits`, whose first entry is column `first`.
-  void select(const float* logits, int64_t n, int64_t first, int32_t* out) {
+  /// The same of bf16 logits: a row becomes f32 first.
+  int select(const uint16_t* logits, int64_t n, int64_t first, int32_t* out) {
+    wide_.resize(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) wide_[i] = bf16_to_float(logits[i]);
+    return select(wide_.data(), n, first, out);
+  }
+
+  /// The k best of `logits`, whose first entry is column `first`. Returns how many times it read the row.
+  int select(const float* logits, int64_t n, int64_t first, int32_t* out) {
     const auto row_key = [=](int64_t i) { return key_of(logits[i]); };
     const auto row_column = [=](int64_t i) { return static_cast<int32_t>(first + i); };
     const int64_t rank = sample_rank(n);
     const int64_t capacity = 3 * rank * kSampleRatio;
+    int reads = 0;
     if (k_ < n && capacity < n) {
       reserve(capacity, n);
       const int32_t threshold = sample_threshold(logits, n, rank);
       int64_t count = collect_from(threshold, logits, n, capacity);
+      reads = 1;
       if (count < 0) {
         // More than k reach the threshold. If fewer exceed it, it is a plateau, and the k-th best lies on it.
         count = collect_from(threshold + 1, logits, n, capacity);
-        if (0 <= count && count < k_) return emit(row_key, row_column, n, {threshold, k_ - count}, k_, out);
+        reads = 2;
+        if (0 <= count && count < k_) {
+          emit(row_key, row_column, n, {threshold, k_ - count}, k_, out);
+          return reads + 1;
+        }
       }
       if (count >= k_) {
         const auto key = [&](int64_t i) { return keys_[i]; };
         const auto column = [&](int64_t i) { return static_cast<int32_t>(first + columns_[i]); };
         const auto [low, high] = std::minmax_element(keys_.data(), keys_.data() + count);
-        return emit(key, column, count, find_cut(key, count, k_, *low, *high), k_, out);
+        emit(key, column, count, find_cut(key, count, k_, *low, *high), k_, out);
+        return reads;
       }
     }
     emit(row_key, row_column, n, find_cut(row_key, n, k_, kLowestKey, kHighestKey), k_, out);
+    return reads + 32 / kRadixBits + 2;  // the rounds of find_cut() at most, and emit()
   }
 
  private:
@@ -122,6 +139,7 @@ class Selector {
   }
 
   int64_t k_;
+  std::vector<float> wide_;
   std::vector<int32_t> keys_, columns_;
 };
 
@@ -135,8 +153,14 @@ void topk(const TopkParams& p, Context& ctx) {
       const int64_t row = from_both_ends(i, p.rows);
       const int64_t first = p.starts == nullptr ? 0 : std::max<int64_t>(0, p.starts[row]);
       const int64_t last = std::min<int64_t>(p.columns, p.ends[row]);
-      selector.select(p.logits + row * p.row_stride + (first < last ? first : 0), std::max<int64_t>(0, last - first),
-                      first, p.out + row * p.k);
+      const int64_t offset = row * p.row_stride + (first < last ? first : 0), n = std::max<int64_t>(0, last - first);
+      int32_t* out = p.out + row * p.k;
+      const int reads = p.dtype == DType::f32
+                            ? selector.select(static_cast<const float*>(p.logits) + offset, n, first, out)
+                            : selector.select(static_cast<const uint16_t*>(p.logits) + offset, n, first, out);
+      if (p.reads != nullptr) p.reads[row] = reads;
+      if (p.slots.block_table == nullptr) continue;
+      for (int64_t j = 0; j < p.k; ++j) out[j] = slot_of(p.slots, row, out[j]);
     }
   });
 }

@@ -18,7 +18,7 @@ constexpr const char* kFloats = "any dims; float32, bfloat16";
 constexpr const char* kE4m3 = "any heads and head dim; float8_e4m3fn";
 constexpr const char* kIndexCache = "page 64, any head dim";
 constexpr const char* kLatentCache = "656-byte rows, any page size";
-constexpr const char* kAnyK = "any k, any row stride";
+constexpr const char* kAnyK = "any k, any row stride; float32, bfloat16";
 
 /// A block keeps one f32 vector in 48 KiB of shared memory.
 bool fits_shared_memory(const CallShape& shape) { return shape.dim <= 12288; }
@@ -29,6 +29,8 @@ bool fits_sm90_topk(const CallShape& shape) { return shape.k <= 2048; }
 #define INDEXCACHE_ROWS(op, limits) {op, Backend::generic, limits, nullptr}, {op, Backend::cpu, limits, nullptr}
 #define INDEXCACHE_QUANTISE(op)                                                                              \
   {op, Backend::generic, "head dim up to 12,288; float32, bfloat16", fits_shared_memory}, {op, Backend::cpu, kFloats, nullptr}
+#define INDEXCACHE_TOPK(op) \
+  {op, Backend::sm90, "k up to 2,048, any row stride; float32, bfloat16", fits_sm90_topk}, INDEXCACHE_ROWS(op, kAnyK)
 constexpr Capability kCapabilities[] = {
     INDEXCACHE_QUANTISE("quantize_index_q"),
     INDEXCACHE_QUANTISE("quantize_index_k"),
@@ -38,8 +40,9 @@ constexpr Capability kCapabilities[] = {
     INDEXCACHE_ROWS("gather_latent_kv", kLatentCache),
     INDEXCACHE_ROWS("indexer_logits", kE4m3),
     INDEXCACHE_ROWS("indexer_logits_paged", kE4m3),
-    {"topk", Backend::sm90, "k up to 2,048, any row stride", fits_sm90_topk},
-    INDEXCACHE_ROWS("topk", kAnyK),
+    INDEXCACHE_TOPK("topk"),
+    INDEXCACHE_TOPK("topk_to_slots"),
+    INDEXCACHE_TOPK("topk_reads"),
     INDEXCACHE_ROWS("indexer_topk", kE4m3),
     INDEXCACHE_ROWS("indexer_topk_paged", kE4m3),
     INDEXCACHE_ROWS("to_slots", "any page size"),
@@ -47,6 +50,7 @@ constexpr Capability kCapabilities[] = {
     INDEXCACHE_ROWS("sparse_mla_paged", "any heads; q float32, bfloat16; 656-byte rows, any page size"),
 };
 #undef INDEXCACHE_ROWS
+#undef INDEXCACHE_TOPK
 #undef INDEXCACHE_QUANTISE
 
 /// Why `backend` cannot serve any call on `device`, or null.

@@ -50,6 +50,7 @@ TensorView indexer_topk(Context& ctx, const TensorView& q, const TensorView& k, 
     part.logits = logits;
     if (all.keys > 0) ops::launch(check, ctx, shape, part, INDEXCACHE_KERNELS(indexer_logits));
     const TopkParams selection{.logits = logits,
+                               .dtype = DType::f32,
                                .rows = part.queries,
                                .columns = all.keys,
                                .row_stride = all.keys,
@@ -93,6 +94,7 @@ TensorView indexer_topk_paged(Context& ctx, const TensorView& q, const TensorVie
       part.columns = part.logits_stride = columns;
       if (columns > 0) ops::launch(check, ctx, shape, part, INDEXCACHE_KERNELS(indexer_logits_paged));
       const TopkParams selection{.logits = logits,
+                                 .dtype = DType::f32,
                                  .rows = part.requests * part.queries_per_request,
                                  .columns = columns,
                                  .row_stride = columns,

@@ -120,12 +120,34 @@ void bind_indexer(py::module_& m) {
       "topk",
       [](py::object logits, py::object starts, py::object ends, int64_t k, py::object out, uint64_t stream) {
         Call c(stream);
-        const auto vl = c.in("logits", logits), v0 = c.in("starts", starts), v1 = c.in("ends", ends);
+        const auto vl = c.in_float("logits", logits), v0 = c.in("starts", starts), v1 = c.in("ends", ends);
         const auto vo = c.maybe_writable("out", out);
         run([&] { topk(c.ctx, vl, v0, v1, k, vo); });
         return result_or(c, out);
       },
       "logits"_a, "starts"_a, "ends"_a, "k"_a, py::kw_only(), "out"_a = py::none(), "stream"_a = 0);
+  m.def(
+      "topk_to_slots",
+      [](py::object logits, py::object starts, py::object ends, int64_t k, py::object block_table, py::object requests,
+         int64_t page_size, py::object out, uint64_t stream) {
+        Call c(stream);
+        const auto vl = c.in_float("logits", logits), v0 = c.in("starts", starts), v1 = c.in("ends", ends);
+        const auto vt = c.in("block_table", block_table), vr = c.in("requests", requests);
+        const auto vo = c.maybe_writable("out", out);
+        run([&] { topk_to_slots(c.ctx, vl, v0, v1, k, vt, vr, page_size, vo); });
+        return result_or(c, out);
+      },
+      "logits"_a, "starts"_a, "ends"_a, "k"_a, "block_table"_a, "requests"_a, "page_size"_a, py::kw_only(),
+      "out"_a = py::none(), "stream"_a = 0);
+  m.def(
+      "topk_reads",
+      [](py::object logits, py::object starts, py::object ends, int64_t k, uint64_t stream) {
+        Call c(stream);
+        const auto vl = c.in_float("logits", logits), v0 = c.in("starts", starts), v1 = c.in("ends", ends);
+        run([&] { topk_reads(c.ctx, vl, v0, v1, k); });
+        return c.result(0);
+      },
+      "logits"_a, "starts"_a, "ends"_a, "k"_a, py::kw_only(), "stream"_a = 0);
   m.def(
       "indexer_topk",
       [](py::object q, py::object k, py::object k_scale, py::object weights, py::object starts, py::object ends,

@@ -94,6 +94,26 @@ void topk_out(Tensor logits, Tensor starts, Tensor ends, int64_t k, Tensor out) 
   topk(ctx, view(logits), view(starts), view(ends), k, view(out));
 }
 
+Tensor topk_to_slots_op(Tensor logits, Tensor starts, Tensor ends, int64_t k, Tensor block_table, Tensor requests,
+                        int64_t page_size) {
+  TorchContext ctx;
+  topk_to_slots(ctx, view(logits), view(starts), view(ends), k, view(block_table), view(requests), page_size);
+  return single(ctx);
+}
+
+void topk_to_slots_out(Tensor logits, Tensor starts, Tensor ends, int64_t k, Tensor block_table, Tensor requests,
+                       int64_t page_size, Tensor out) {
+  TorchContext ctx;
+  topk_to_slots(ctx, view(logits), view(starts), view(ends), k, view(block_table), view(requests), page_size,
+                view(out));
+}
+
+Tensor topk_reads_op(Tensor logits, Tensor starts, Tensor ends, int64_t k) {
+  TorchContext ctx;
+  topk_reads(ctx, view(logits), view(starts), view(ends), k);
+  return single(ctx);
+}
+
 Tensor indexer_topk_op(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor starts, Tensor ends, int64_t topk) {
   TorchContext ctx;
   indexer_topk(ctx, view(q), view(k), view(k_scale), view(weights), view(starts), view(ends), topk);
@@ -173,6 +193,9 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("indexer_logits_paged.out", TORCH_BOX(&indexer_logits_paged_out));
   m.impl("topk", TORCH_BOX(&topk_op));
   m.impl("topk.out", TORCH_BOX(&topk_out));
+  m.impl("topk_to_slots", TORCH_BOX(&topk_to_slots_op));
+  m.impl("topk_to_slots.out", TORCH_BOX(&topk_to_slots_out));
+  m.impl("topk_reads", TORCH_BOX(&topk_reads_op));
   m.impl("indexer_topk", TORCH_BOX(&indexer_topk_op));
   m.impl("indexer_topk.out", TORCH_BOX(&indexer_topk_out));
   m.impl("indexer_topk_paged", TORCH_BOX(&indexer_topk_paged_op));

@@ -32,6 +32,13 @@ STABLE_TORCH_LIBRARY(indexcache, m) {
   m.def("topk(Tensor logits, Tensor starts, Tensor ends, SymInt k) -> Tensor");
   m.def("topk.out(Tensor logits, Tensor starts, Tensor ends, SymInt k, *, Tensor(a!) out) -> ()");
   m.def(
+      "topk_to_slots(Tensor logits, Tensor starts, Tensor ends, SymInt k, Tensor block_table, Tensor requests, "
+      "SymInt page_size) -> Tensor");
+  m.def(
+      "topk_to_slots.out(Tensor logits, Tensor starts, Tensor ends, SymInt k, Tensor block_table, Tensor requests, "
+      "SymInt page_size, *, Tensor(a!) out) -> ()");
+  m.def("topk_reads(Tensor logits, Tensor starts, Tensor ends, SymInt k) -> Tensor");
+  m.def(
       "indexer_topk(Tensor q, Tensor k, Tensor k_scale, Tensor weights, Tensor starts, Tensor ends, SymInt topk) "
       "-> Tensor");
   m.def(

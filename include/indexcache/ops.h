@@ -71,10 +71,21 @@ TensorView indexer_logits_paged(Context& ctx, const TensorView& q, const TensorV
                                 const TensorView& weights, const TensorView& context_lens,
                                 const TensorView& block_table, int64_t max_context_len, const MaybeView& out = {});
 
-/// logits f32 [R,L] (any row stride), starts/ends [R] i32 -> i32 [R,k]: the k best columns of the window by
+/// logits f32 or bf16 [R,L] (any row stride), starts/ends [R] i32 -> i32 [R,k]: the k best columns of the window by
 /// (value descending, column ascending), listed in ascending column order, then -1. NaN and -inf are never selected.
 TensorView topk(Context& ctx, const TensorView& logits, const TensorView& starts, const TensorView& ends, int64_t k,
                 const MaybeView& out = {});
+
+/// Equals to_slots(topk(logits, starts, ends, k), block_table, requests, page_size), in one launch: i32 [R,k] slots in
+/// the order of their columns, by block_table i32 [B,P] and requests i32 [R]; -1 where a row or its table has none.
+TensorView topk_to_slots(Context& ctx, const TensorView& logits, const TensorView& starts, const TensorView& ends,
+                         int64_t k, const TensorView& block_table, const TensorView& requests, int64_t page_size,
+                         const MaybeView& out = {});
+
+/// -> i32 [R]: how many times the kernel that serves topk() of these arguments reads each row, 1 on its fast path.
+/// A diagnostic: the values are the backend's own, and no contract.
+TensorView topk_reads(Context& ctx, const TensorView& logits, const TensorView& starts, const TensorView& ends,
+                      int64_t k);
 
 /// Equals topk(indexer_logits(…)) bit for bit, with at most 256 MiB of scratch.
 TensorView indexer_topk(Context& ctx, const TensorView& q, const TensorView& k, const TensorView& k_scale,

@@ -136,22 +136,30 @@ struct IndexerLogitsPagedParams {
   int64_t logits_stride;
 };
 
+/// How positions inside a request become slots of a paged cache.
+struct SlotTable {
+  const int32_t* block_table = nullptr;  // [requests, table_pages]
+  int64_t requests = 0, table_pages = 0;
+  int64_t page_size = 0;
+  const int32_t* request = nullptr;  // [rows]: the request of each row
+};
+
 struct TopkParams {
-  const float* logits;  // [rows, columns], rows row_stride apart
+  const void* logits;  // [rows, columns] of dtype, rows row_stride apart
+  DType dtype;         // f32 or bf16
   int64_t rows, columns, row_stride;
   const int32_t* starts;  // [rows], null: 0
   const int32_t* ends;    // [rows]
   int64_t k;
-  int32_t* out;  // [rows, k]
+  int32_t* out = nullptr;    // [rows, k]: columns, or their slots
+  SlotTable slots = {};      // block_table null: columns
+  int32_t* reads = nullptr;  // [rows] or null: how many times the kernel read each row
 };
 
 struct ToSlotsParams {
   const int32_t* indices;  // [tokens, k]
   int64_t tokens, k;
-  const int32_t* block_table;  // [requests, table_pages]
-  int64_t requests, table_pages;
-  const int32_t* request;  // [tokens]
-  int64_t page_size;
+  SlotTable table;
   int32_t* slots;  // [tokens, k]
 };
 

@@ -56,6 +56,11 @@ class _Check:
     def kv_cache(self, cache: Tensor) -> None:
         self.tensor("kv_cache", cache, _U8, ("pages", "page_size", _LATENT_BYTES))
 
+    def slot_table(self, block_table: Tensor, requests: Tensor, rows: int, page_size: int) -> None:
+        self.tensor("block_table", block_table, _I32, ("requests", "pages"))
+        self.tensor("requests", requests, _I32, (rows,))
+        self.at_least("page_size", page_size, 1)
+
     def rope(self, tokens: int, dim: int, cos_sin: Tensor | None, positions: Tensor | None, hadamard: bool) -> None:
         if (cos_sin is None) != (positions is None):
             self.fail("cos_sin" if cos_sin is None else "positions", "given together with the other", "None")
@@ -196,14 +201,30 @@ def _indexer_logits_paged(q, index_k_cache, weights, context_lens, block_table, 
     return weights.new_empty((q.size(0), q.size(1), max_context_len))
 
 
-def _topk(logits, starts, ends, k) -> Tensor:
-    check = _Check("topk", logits)
-    check.tensor("logits", logits, _F32, ("rows", "columns"))
+def _check_topk(op: str, logits, starts, ends, k) -> _Check:
+    check = _Check(op, logits)
+    check.tensor("logits", logits, _FLOAT, ("rows", "columns"))
     rows = logits.size(0)
     check.tensor("starts", starts, _I32, (rows,))
     check.tensor("ends", ends, _I32, (rows,))
     check.at_least("k", k, 1)
-    return starts.new_empty((rows, k))
+    return check
+
+
+def _topk(logits, starts, ends, k) -> Tensor:
+    _check_topk("topk", logits, starts, ends, k)
+    return starts.new_empty((logits.size(0), k))
+
+
+def _topk_to_slots(logits, starts, ends, k, block_table, requests, page_size) -> Tensor:
+    check = _check_topk("topk_to_slots", logits, starts, ends, k)
+    check.slot_table(block_table, requests, logits.size(0), page_size)
+    return starts.new_empty((logits.size(0), k))
+
+
+def _topk_reads(logits, starts, ends, k) -> Tensor:
+    _check_topk("topk_reads", logits, starts, ends, k)
+    return starts.new_empty((logits.size(0),))
 
 
 def _indexer_topk(q, k, k_scale, weights, starts, ends, topk) -> Tensor:
@@ -221,9 +242,7 @@ def _indexer_topk_paged(q, index_k_cache, weights, context_lens, block_table, to
 def _to_slots(indices, block_table, requests, page_size) -> Tensor:
     check = _Check("to_slots", indices)
     check.tensor("indices", indices, _I32, ("tokens", "k"))
-    check.tensor("block_table", block_table, _I32, ("requests", "pages"))
-    check.tensor("requests", requests, _I32, (indices.size(0),))
-    check.at_least("page_size", page_size, 1)
+    check.slot_table(block_table, requests, indices.size(0), page_size)
     return indices.new_empty(indices.shape)
 
 
@@ -268,6 +287,8 @@ _FAKES: dict[str, Callable] = {
     "indexer_logits": _indexer_logits,
     "indexer_logits_paged": _indexer_logits_paged,
     "topk": _topk,
+    "topk_to_slots": _topk_to_slots,
+    "topk_reads": _topk_reads,
     "indexer_topk": _indexer_topk,
     "indexer_topk_paged": _indexer_topk_paged,
     "to_slots": _to_slots,

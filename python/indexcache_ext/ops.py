@@ -24,7 +24,7 @@ from torch import Tensor
 __all__ = [
     "gather_index_k", "gather_latent_kv", "indexer_logits", "indexer_logits_paged", "indexer_topk",
     "indexer_topk_paged", "quantize_index_k", "quantize_index_q", "sparse_mla", "sparse_mla_paged", "store_index_k",
-    "store_latent_kv", "to_slots", "topk",
+    "store_latent_kv", "to_slots", "topk", "topk_reads", "topk_to_slots",
 ]  # fmt: skip
 
 _ops = torch.ops.indexcache
@@ -34,16 +34,9 @@ _ops = torch.ops.indexcache
 
 
 def quantize_index_q(
-    q: Tensor,
-    weights: Tensor,
-    cos_sin: Tensor | None,
-    positions: Tensor | None,
-    *,
-    scale: float,
-    interleaved: bool = False,
-    hadamard: bool = False,
-    ue8m0: bool = False,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, weights: Tensor, cos_sin: Tensor | None, positions: Tensor | None, *, scale: float,
+    interleaved: bool = False, hadamard: bool = False, ue8m0: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """RoPE, optional Hadamard transform, and e4m3 quantisation of indexer queries, per token and head.
 
     The quantisation scale is ``max(amax, 1e-4) / 448`` of each D-vector. It is folded into the head weights, since
@@ -70,17 +63,10 @@ def quantize_index_q(
 
 
 def quantize_index_k(
-    k: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    cos_sin: Tensor | None,
-    positions: Tensor | None,
-    *,
-    eps: float = 1e-6,
-    interleaved: bool = False,
-    hadamard: bool = False,
+    k: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, cos_sin: Tensor | None,
+    positions: Tensor | None, *, eps: float = 1e-6, interleaved: bool = False, hadamard: bool = False,
     ue8m0: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """LayerNorm, RoPE, optional Hadamard transform, and e4m3 quantisation of index keys.
 
     Args:
@@ -101,19 +87,10 @@ def quantize_index_k(
 
 
 def store_index_k(
-    k: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    cos_sin: Tensor | None,
-    positions: Tensor | None,
-    slots: Tensor,
-    index_k_cache: Tensor,
-    *,
-    eps: float = 1e-6,
-    interleaved: bool = False,
-    hadamard: bool = False,
-    ue8m0: bool = False,
-) -> None:
+    k: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, cos_sin: Tensor | None,
+    positions: Tensor | None, slots: Tensor, index_k_cache: Tensor, *, eps: float = 1e-6, interleaved: bool = False,
+    hadamard: bool = False, ue8m0: bool = False,
+) -> None:  # fmt: skip
     """:func:`quantize_index_k` written into a paged cache, in place.
 
     Args:
@@ -188,15 +165,9 @@ def indexer_logits(
 
 
 def indexer_logits_paged(
-    q: Tensor,
-    index_k_cache: Tensor,
-    weights: Tensor,
-    context_lens: Tensor,
-    block_table: Tensor,
-    max_context_len: int,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, index_k_cache: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
+    max_context_len: int, *, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """:func:`indexer_logits` against the paged cache, n queries for each of B requests.
 
     Args:
@@ -221,7 +192,7 @@ def topk(logits: Tensor, starts: Tensor, ends: Tensor, k: int, *, out: Tensor | 
     """The k best columns of each row's window, exactly: by value descending, then column ascending.
 
     Args:
-        logits: f32 [R, L], any row stride. NaN and -inf are never selected; +inf is; -0 equals +0.
+        logits: f32 or bf16 [R, L], any row stride. NaN and -inf are never selected; +inf is; -0 equals +0.
         starts, ends: int32 [R], the window of each row.
         k: entries per row, at least 1.
         out: int32 [R, k] to write into.
@@ -235,17 +206,45 @@ def topk(logits: Tensor, starts: Tensor, ends: Tensor, k: int, *, out: Tensor | 
     return out
 
 
-def indexer_topk(
-    q: Tensor,
-    k: Tensor,
-    k_scale: Tensor,
-    weights: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    topk: int,
-    *,
+def topk_to_slots(
+    logits: Tensor, starts: Tensor, ends: Tensor, k: int, block_table: Tensor, requests: Tensor, page_size: int, *,
     out: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
+    """``to_slots(topk(logits, starts, ends, k), block_table, requests, page_size)`` bit for bit, in one launch.
+
+    Args:
+        logits, starts, ends, k: as in :func:`topk`; column n of row r is position n of request ``requests[r]``.
+        block_table, page_size: as in :func:`to_slots`.
+        requests: int32 [R].
+        out: int32 [R, k] to write into.
+
+    Returns:
+        int32 [R, k], slots in the order of their columns; -1 past the selection, and where :func:`to_slots` has -1.
+    """
+    if out is None:
+        return _ops.topk_to_slots.default(logits, starts, ends, k, block_table, requests, page_size)
+    _ops.topk_to_slots.out(logits, starts, ends, k, block_table, requests, page_size, out=out)
+    return out
+
+
+def topk_reads(logits: Tensor, starts: Tensor, ends: Tensor, k: int) -> Tensor:
+    """How many times the kernel that serves :func:`topk` of these arguments reads each row: 1 is its fast path.
+
+    A diagnostic that runs the selection, and needs memory for it. The values are the backend's own and no contract.
+
+    Args:
+        logits, starts, ends, k: as in :func:`topk`.
+
+    Returns:
+        int32 [R].
+    """
+    return _ops.topk_reads.default(logits, starts, ends, k)
+
+
+def indexer_topk(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor, topk: int, *,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The indexer of a Full layer: ``topk(indexer_logits(…), starts, ends, topk)`` bit for bit.
 
     Never holds the T x N logits: at most 256 MiB of scratch.
@@ -265,15 +264,9 @@ def indexer_topk(
 
 
 def indexer_topk_paged(
-    q: Tensor,
-    index_k_cache: Tensor,
-    weights: Tensor,
-    context_lens: Tensor,
-    block_table: Tensor,
-    topk: int,
-    *,
+    q: Tensor, index_k_cache: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, topk: int, *,
     out: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """:func:`indexer_topk` against the paged cache.
 
     Args:
@@ -322,17 +315,9 @@ def _check_pair(op: str, out: Tensor | None, lse: Tensor | None) -> None:
 
 
 def sparse_mla(
-    q: Tensor,
-    kv: Tensor,
-    indices: Tensor,
-    sm_scale: float,
-    d_v: int = 512,
-    sink: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, d_v: int = 512, sink: Tensor | None = None,
+    lengths: Tensor | None = None, *, out: Tensor | None = None, lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Multi-query attention of each token over its own list of latent rows (MLA in absorbed form).
 
     ``s = sm_scale * q[t, head] . kv[j]`` over the row's valid indices, softmax, ``out = sum p * kv[j, :d_v]``.
@@ -359,16 +344,9 @@ def sparse_mla(
 
 
 def sparse_mla_paged(
-    q: Tensor,
-    kv_cache: Tensor,
-    slots: Tensor,
-    sm_scale: float,
-    sink: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, kv_cache: Tensor, slots: Tensor, sm_scale: float, sink: Tensor | None = None,
+    lengths: Tensor | None = None, *, out: Tensor | None = None, lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`sparse_mla` over the 656-byte cache: d_qk = 576, d_v = 512, prefill and decode alike.
 
     Args:

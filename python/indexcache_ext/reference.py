@@ -245,7 +245,7 @@ def topk(logits: Tensor, starts: Tensor, ends: Tensor, k: int) -> Tensor:
     """The ``k`` best columns of each window by (value descending, column ascending): int32 [R, k].
 
     Listed in ascending column order, then -1. NaN and -inf are never selected, +inf is, -0 equals +0. Exact for the
-    logits it is given, float32 or float64 [R, L].
+    logits it is given, bfloat16, float32 or float64 [R, L].
     """
     rows_total, columns = logits.shape
     result = torch.full((rows_total, k), -1, dtype=torch.int32, device=logits.device)
@@ -291,6 +291,13 @@ def to_slots(indices: Tensor, block_table: Tensor, requests: Tensor, page_size: 
     page = F.pad(block_table.long().flatten(), (0, 1), value=-1)[cell]  # the last cell stands for "not in the table"
     known = (page >= 0) & (page <= (2**31 - 1 - offset) // page_size)
     return torch.where(known, page * page_size + offset, -1).int()
+
+
+def topk_to_slots(
+    logits: Tensor, starts: Tensor, ends: Tensor, k: int, block_table: Tensor, requests: Tensor, page_size: int
+) -> Tensor:
+    """``to_slots(topk(...), ...)``: column n of row r is position n of request ``requests[r]``. int32 [R, k]."""
+    return to_slots(topk(logits, starts, ends, k), block_table, requests, page_size)
 
 
 _topk = topk  # under a name that the `topk` argument of the callers does not hide

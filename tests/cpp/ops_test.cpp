@@ -81,6 +81,33 @@ void test_topk(std::mt19937& random) {
   }
 }
 
+/// The selection as slots, and without a translation where the table is empty: never columns in place of slots.
+void test_topk_to_slots(std::mt19937& random) {
+  constexpr int64_t kRows = 3, kColumns = 500, kK = 40, kPage = 7, kPages = 80;
+  std::vector<float> logits(kRows * kColumns);
+  std::normal_distribution<float> normal;
+  for (float& x : logits) x = normal(random);
+  std::vector<int32_t> starts(kRows, 0), ends(kRows, kColumns), requests{1, 0, 1}, table(2 * kPages);
+  for (int32_t& page : table) page = static_cast<int32_t>(random() % 1000) - 10;  // some name no page
+  TestContext ctx;
+  const TensorView scores = view(logits, DType::f32, {kRows, kColumns}), first = view(starts, DType::i32, {kRows}),
+                   last = view(ends, DType::i32, {kRows}), request = view(requests, DType::i32, {kRows});
+  const TensorView columns = topk(ctx, scores, first, last, kK);
+  const TensorView slots =
+      topk_to_slots(ctx, scores, first, last, kK, view(table, DType::i32, {2, kPages}), request, kPage);
+  const TensorView none =
+      topk_to_slots(ctx, scores, first, last, kK, TensorView::dense(nullptr, DType::i32, {{2, 0}}, {}), request, kPage);
+  bool same = true, empty = true;
+  for (int64_t i = 0; i < kRows * kK; ++i) {
+    const int32_t column = columns.as<int32_t>()[i];
+    const int32_t page = table[requests[i / kK] * kPages + column / kPage];
+    same &= slots.as<int32_t>()[i] == (page < 0 ? -1 : page * static_cast<int32_t>(kPage) + column % kPage);
+    empty &= none.as<int32_t>()[i] == -1;
+  }
+  expect(same, "slots of a selection");
+  expect(empty, "slots by an empty table");
+}
+
 void test_attention(std::mt19937& random) {
   constexpr int64_t kTokens = 3, kHeads = 5, kDim = 24, kValue = 16, kKeys = 40, kList = 33;
   std::normal_distribution<float> normal;
@@ -135,20 +162,41 @@ void test_errors() {
 
 void test_topk_plan() {
   using namespace sm90::radix_topk;
+  constexpr int kSms = 132;
   struct {
-    int64_t rows, columns;
-    int blocks;
-  } const cases[] = {{1, 131072, 16}, {1, 1 << 23, 16}, {16, 131072, 8}, {64, 65536, 2},   {128, 32768, 1},
-                     {1, 8192, 1},    {1, 16384, 2},    {1, 0, 1},      {4096, 65536, 1}, {100000, 1 << 20, 1}};
+    int64_t rows, columns, lead;
+    Kernel kernel;
+    int cluster;
+  } const cases[] = {
+      {1, 8192, 0, Kernel::short_rows, 1},           {1, 8192, 3, Kernel::few_long_rows, 1},
+      {100'000, 8190, 2, Kernel::short_rows, 1},     {1, 0, 3, Kernel::short_rows, 1},
+      {1, 8193, 0, Kernel::few_long_rows, 1},        {1, 16'384, 0, Kernel::few_long_rows, 2},
+      {1, 131'072, 0, Kernel::few_long_rows, 16},    {1, 1 << 23, 3, Kernel::few_long_rows, 16},
+      {7, 1 << 20, 0, Kernel::few_long_rows, 16},    {8, 1 << 20, 0, Kernel::few_long_rows, 8},
+      {16, 131'072, 0, Kernel::few_long_rows, 4},    {64, 65'536, 0, Kernel::few_long_rows, 2},
+      {66, 65'536, 0, Kernel::few_long_rows, 2},     {67, 65'536, 0, Kernel::few_long_rows, 1},
+      {128, 32'768, 0, Kernel::few_long_rows, 1},    {132, 1 << 20, 0, Kernel::few_long_rows, 1},
+      {133, 32'768, 0, Kernel::many_long_rows, 1},   {100'000, 1 << 20, 0, Kernel::many_long_rows, 1},
+  };
   for (const auto& c : cases) {
-    expect(cluster_size(c.rows, c.columns, 132) == c.blocks,
-           "blocks per row of " + std::to_string(c.rows) + " x " + std::to_string(c.columns));
+    const Spread how = spread(c.rows, c.columns, c.lead, kSms);
+    expect(how.kernel == c.kernel && how.cluster == c.cluster,
+           "spread of " + std::to_string(c.rows) + " x " + std::to_string(c.columns));
   }
+  bool fits = true;  // in one wave, where rows are shared
+  for (int64_t rows = 1; rows <= 300; ++rows) {
+    for (int64_t columns = 1; columns < INT32_MAX; columns += 1 + columns / 3) {
+      const int cluster = spread(rows, columns, 3, kSms).cluster;
+      fits &= cluster == 1 || (cluster <= kMaxCluster && rows * cluster <= kSms && columns / cluster >= kLeastSlice);
+    }
+  }
+  expect(fits, "blocks of shared rows have work and run at the same time");
   bool long_enough = true;
-  for (int64_t length = kWholeRow + 1; length < INT32_MAX; length += 1 + length / 97) {
-    long_enough &= length / sample_parts(length) >= 2 * kSampleUnit;
+  for (int length = kWholeRow + 1; length < INT32_MAX - INT32_MAX / 97 - 1; length += 1 + length / 97) {
+    long_enough &= length >> (kLogThreads - 1 + log_sample_units(length)) >= kSampleUnit;
+    long_enough &= 1 << log_sample_units(length) <= kMaxUnits;
   }
-  expect(long_enough, "every part of a sampled row holds an aligned unit");
+  expect(long_enough, "every part of a sampled row is as long as a unit");
 }
 
 }  // namespace
@@ -156,6 +204,7 @@ void test_topk_plan() {
 int main() {
   std::mt19937 random(0);
   test_topk(random);
+  test_topk_to_slots(random);
   test_attention(random);
   test_errors();
   test_topk_plan();

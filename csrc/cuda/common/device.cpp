@@ -23,16 +23,45 @@ DeviceGuard::~DeviceGuard() {
   if (previous_ >= 0) cudaSetDevice(previous_);
 }
 
-int compute_capability(int device) {
-  static std::array<std::atomic<int>, 64> known{};  // 0: not asked yet; two threads that ask get the same answer
+namespace {
+
+using PerDevice = std::array<std::atomic<int>, 64>;  // 0: not asked yet; two threads that ask get the same answer
+
+template <class Ask>
+int ask_once(PerDevice& known, int device, Ask ask) {
   const bool cached = device >= 0 && static_cast<size_t>(device) < known.size();
   if (cached && known[device] != 0) return known[device];
-  int major = 0, minor = 0;
-  check("device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check("device", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  const int capability = 10 * major + minor;
-  if (cached) known[device] = capability;
-  return capability;
+  const int answer = ask();
+  if (cached) known[device] = answer;
+  return answer;
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check("device", cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+}  // namespace
+
+int compute_capability(int device) {
+  static PerDevice known{};
+  return ask_once(known, device, [=] {
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+           attribute(cudaDevAttrComputeCapabilityMinor, device);
+  });
+}
+
+int current_device() {
+  int device = 0;
+  check("device", cudaGetDevice(&device));
+  return device;
+}
+
+int sm_count() {
+  static PerDevice known{};
+  const int device = current_device();
+  return ask_once(known, device, [=] { return attribute(cudaDevAttrMultiProcessorCount, device); });
 }
 
 void check(const char* op, int status) {

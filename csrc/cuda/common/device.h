@@ -18,6 +18,11 @@ class DeviceGuard {
 /// 10 * major + minor, e.g. 90; asked once per device. Throws Error where there is no such device.
 int compute_capability(int device);
 
+int current_device();
+
+/// Multiprocessors of the current device; asked once per device.
+int sm_count();
+
 /// Throws Error with the runtime's text unless `status` (a cudaError_t) is success.
 void check(const char* op, int status);
 

@@ -1,7 +1,11 @@
-// Grids. Kernels walk their work in a loop of stride gridDim.x, so any amount of it fits a one-dimensional grid.
+// Launches. Grids of kernels that walk their work in a loop of stride gridDim.x fit any amount of it; larger blocks and
+// clusters than the default need leave, once per kernel and device.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "csrc/cuda/common/device.h"
@@ -20,6 +24,37 @@ void launch(const char* op, void (*kernel)(Params), int64_t blocks, int threads,
   const auto grid = static_cast<unsigned>(std::min(blocks, kMaxGrid));
   kernel<<<grid, threads, static_cast<size_t>(shared_bytes), stream>>>(params);
   check_launch(op);
+}
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int shared_bytes = 0;
+  int cluster = 1;  // blocks that share their memory; divides `blocks`
+};
+
+/// Launches `kKernel(args...)`.
+template <auto kKernel, class... Args>
+void launch(const char* op, const Launch& how, CUstream_st* stream, const Args&... args) {
+  static std::atomic<uint64_t> prepared{0};  // a bit per device; asking again does no harm
+  const uint64_t bit = uint64_t{1} << current_device() % 64;
+  if ((prepared & bit) == 0) {
+    constexpr auto kShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    check(op, cudaFuncSetAttribute(kKernel, kShared, how.shared_bytes));
+    check(op, cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, how.cluster > 8));
+    prepared |= bit;
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(how.blocks);
+  config.blockDim = static_cast<unsigned>(how.threads);
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = how.cluster > 1;
+  check(op, cudaLaunchKernelEx(&config, kKernel, args...));
 }
 
 }  // namespace indexcache::cuda

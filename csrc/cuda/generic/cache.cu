@@ -74,19 +74,10 @@ __global__ void gather_latent_kv_kernel(const GatherLatentKvParams p) {
   }
 }
 
-__device__ int32_t slot_of(const ToSlotsParams& p, int64_t token, int64_t position) {
-  const int64_t request = p.request[token];
-  if (position < 0 || position / p.page_size >= p.table_pages || request < 0 || request >= p.requests) return -1;
-  const int64_t page = p.block_table[request * p.table_pages + position / p.page_size];
-  const int64_t offset = position % p.page_size;
-  if (page < 0 || page > (INT32_MAX - offset) / p.page_size) return -1;
-  return static_cast<int32_t>(page * p.page_size + offset);
-}
-
 __global__ void to_slots_kernel(const ToSlotsParams p) {
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.tokens * p.k; i += step) {
-    p.slots[i] = slot_of(p, i / p.k, p.indices[i]);
+    p.slots[i] = slot_of(p.table, i / p.k, p.indices[i]);
   }
 }
 

@@ -1,5 +1,6 @@
 // Top-k by radix select: a block per row finds the key of the k-th best score, eight bits per pass over the row, then
 // lists what lies above it, and the first of what equals it, in column order.
+#include "csrc/cuda/common/convert.cuh"
 #include "csrc/cuda/common/launch.cuh"
 #include "csrc/cuda/common/ordered_key.cuh"
 #include "csrc/cuda/common/warp.cuh"
@@ -23,11 +24,13 @@ struct Cut {
   uint32_t key, ties, count;
 };
 
-__device__ uint32_t key_at(const float* scores, uint32_t length, uint32_t i) {
-  return i < length ? ordered_key(scores[i]) : kNeverSelected;
+template <class T>
+__device__ uint32_t key_at(const T* scores, uint32_t length, uint32_t i) {
+  return i < length ? ordered_key(cuda::to_float(scores[i])) : kNeverSelected;
 }
 
-__device__ Cut find_cut(const float* scores, uint32_t length, int64_t k) {
+template <class T>
+__device__ Cut find_cut(const T* scores, uint32_t length, int64_t k) {
   __shared__ uint32_t histogram[kDigits];
   __shared__ uint32_t cut_digit, above_cut;
   uint32_t prefix = 0;  // the digits of the k-th best key that are known
@@ -66,7 +69,8 @@ __device__ Cut find_cut(const float* scores, uint32_t length, int64_t k) {
 }
 
 /// Writes the selected columns, the first of which is `column`, in ascending order.
-__device__ void list_selected(const float* scores, uint32_t length, int column, Cut cut, int32_t* out) {
+template <class T>
+__device__ void list_selected(const T* scores, uint32_t length, int column, Cut cut, int32_t* out) {
   uint32_t above_seen = 0, ties_seen = 0;
   for (uint32_t base = 0; base < length; base += kStep) {
     if (above_seen + min(ties_seen, cut.ties) == cut.count) return;
@@ -91,19 +95,22 @@ __device__ void list_selected(const float* scores, uint32_t length, int column, 
     }
     above_seen += sum.total >> 16;
     ties_seen += sum.total & 0xffffu;
+    __syncthreads();
   }
 }
 
+template <class T>
 __global__ void __launch_bounds__(kThreads) topk_kernel(const TopkParams p) {
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const int begin = p.starts == nullptr ? 0 : max(p.starts[row], 0);
     const int64_t end = min(p.columns, int64_t{p.ends[row]});
     const uint32_t length = end > begin ? static_cast<uint32_t>(end - begin) : 0;
-    const float* scores = p.logits + row * p.row_stride + begin;
+    const T* scores = static_cast<const T*>(p.logits) + row * p.row_stride + begin;
     int32_t* out = p.out + row * p.k;
     const Cut cut = find_cut(scores, length, p.k);
     list_selected(scores, length, begin, cut, out);
     for (int64_t i = cut.count + threadIdx.x; i < p.k; i += kThreads) out[i] = -1;
+    if (p.reads != nullptr && threadIdx.x == 0) p.reads[row] = 32 / kDigitBits + 1;
   }
 }
 
@@ -111,7 +118,10 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(const TopkParams p) {
 
 void topk(const TopkParams& p, Stream stream) {
   if (p.k <= 0) return;
-  cuda::launch("topk", topk_kernel, p.rows, kThreads, 0, stream, p);
+  const auto kernel = p.dtype == DType::f32 ? topk_kernel<float> : topk_kernel<cuda::bf16_bits>;
+  cuda::launch("topk", kernel, p.rows, kThreads, 0, stream, p);
+  if (p.slots.block_table == nullptr) return;
+  to_slots({.indices = p.out, .tokens = p.rows, .k = p.k, .table = p.slots, .slots = p.out}, stream);
 }
 
 }  // namespace indexcache::generic

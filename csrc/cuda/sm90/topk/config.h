@@ -1,4 +1,4 @@
-// Sizes of the sm90 top-k, and how a call is spread over the GPU. Measured on an H200 (132 SMs, 4.4 TB/s).
+// Sizes of the sm90 top-k, and how a call is spread over the GPU. Measured on an H200 (132 SMs, 4.2 TB/s).
 #pragma once
 
 #include <cstdint>
@@ -7,62 +7,82 @@
 
 namespace indexcache::sm90::radix_topk {
 
-inline constexpr int kThreads = 512;  // two blocks per SM: one selects while the other reads
-inline constexpr int kBlocksPerSm = 2;
+inline constexpr int kThreads = 512;
+inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kFastK = 2048;  // longer selections go to the generic kernel
+
+inline constexpr int kOwn = 16;  // neighbouring columns that a thread looks at together
+
+INDEXCACHE_HOST_DEVICE constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
+inline constexpr int kLogThreads = log2_of(kThreads);
+
+// Radix select: a round narrows the key of the k-th best by up to eleven bits. Counting in shared memory costs 2.4 cycles
+// per warp whatever the bins are, and finding the bin is a chain of latencies (about 600 cycles) that hardly grows with
+// their number up to four per thread. So few rounds with many bins are best: mostly one, after which few keys are left.
+inline constexpr int kDigitBits = 11;
+inline constexpr int kBins = 1 << kDigitBits;
+
+/// So many keys are compared with each other instead of counted.
+inline constexpr int kFew = 64;
+
+/// Rows of up to this many columns stay in the registers of one block.
+inline constexpr int64_t kShortRow = int64_t{kThreads} * kOwn;
+inline constexpr int kShortBlocksPerSm = 2;
+
+// --- Long rows: a cluster of blocks streams the row past a sampled threshold ----------------------------------------------
+
 inline constexpr int kMaxCluster = 16;
+inline constexpr int64_t kLeastSlice = 8192;  // columns per block below which a larger cluster does not pay
+inline constexpr int64_t kWholeRow = 4096;    // up to this length every score is a candidate
 
-inline constexpr int kFastK = 2048;           // longer selections go to the generic kernel
-inline constexpr int kCandidates = 8192;      // scores that may pass the threshold
-inline constexpr int kSampleUnit = 8;         // neighbouring scores per sample: one 32-byte sector
-inline constexpr int kHistogramBits = 11;
-inline constexpr int kBins = 1 << kHistogramBits;
-inline constexpr int kResolve = 32;           // candidates that one warp ranks by itself
-inline constexpr int kBuckets = 4096;         // equal ranges of columns, by which the output is sorted
-inline constexpr int kLoads = 4;              // 16-byte loads in flight per thread
-inline constexpr int64_t kWholeRow = kThreads * kSampleUnit;  // up to this length every score is a candidate
-inline constexpr int64_t kLeastSlice = 8192;  // columns per block below which a cluster does not pay
+// A sample is a unit of neighbouring scores, 64 bytes of f32 as DRAM gives them, at a random place of each of many equal
+// parts. Two threads have half a unit each.
+inline constexpr int kSampleUnit = 16;
+inline constexpr int kSampleShare = 8;  // scores of a thread in a unit
+inline constexpr int kMaxUnits = 4;     // of a thread
 
-/// Parts of a row that give one sample unit each: every part is at least two units long.
-inline constexpr int sample_parts(int64_t length) {
-  const int64_t rounds = length >> 18;  // one unit per thread for every 2^18 columns, up to 32
-  if (length < 2 * kThreads * kSampleUnit) return kThreads / 2;
-  return kThreads * static_cast<int>(rounds < 1 ? 1 : rounds < 32 ? rounds : 32);
-}
-/// The sample aims at 8/5 k survivors. In a row of 131,072 about 102 samples lie above that threshold, with a standard
-/// deviation of 10 %, so fewer than k survivors is 4 deviations away. Short selections aim at kLeastRank samples.
-inline constexpr int aim(int k) { return k + k / 5 * 3 + 1; }
-inline constexpr uint32_t kLeastRank = 32;
-/// A threshold that lets through more than this, by estimate, is refined: every candidate costs later.
-inline constexpr int acceptable(int k) { return 2 * k + kCandidates / 16; }
-
-/// Blocks that share a row. Pure: rows, columns and the SM count decide, never the windows, which are on the device.
-inline constexpr int cluster_size(int64_t rows, int64_t columns, int sms) {
-  int size = 1;
-  while (size < kMaxCluster && rows * size * 2 <= sms && columns / (size * 2) >= kLeastSlice) {
-    size *= 2;
-  }
-  return size;
+/// Sampled units per thread, as a power of two: 4,096 scores of a row of 131,072.
+INDEXCACHE_HOST_DEVICE constexpr int log_sample_units(int length) {
+  return length <= 131'072 ? 0 : length <= 1'048'576 ? 1 : 2;
 }
 
-/// Shared memory of a block.
-struct Shared {
-  uint64_t candidates[kCandidates];  // key << 32 | ~column: larger is better, all distinct
-  union {
-    float staged[kThreads / 32][32 * kLoads * 4];  // what each warp has just read, for picking single scores out of it
-    struct {
-      uint32_t bucket_ends[kBuckets];
-      int32_t columns[kFastK];
-    } output;
-  };
-  uint32_t histogram[kBins];
-  uint64_t members[kResolve];
-  uint64_t cut;  // what the selection keeps: values >= cut
-  uint32_t warp_totals[kThreads / 32];
-  uint32_t found_bin, found_above, found_inside, member_count;
-  uint32_t count;         // scores that passed the threshold in this block, stored or not
-  uint32_t remote_count;  // block 0: those of the other blocks, stored from the end of `candidates`
-  uint32_t best_key;      // the largest
-  uint32_t threshold;     // block 0: what the whole cluster continues with
+/// Many rows: two blocks per SM have 64 KiB each on the way, behind which the latency of DRAM hides, and one reads while
+/// the other selects. Memory is scarce: the bins lie where the list or the ring is when these are not in use.
+struct ManyRows {
+  static constexpr int kStages = 2;   // of f32 in the ring, each of kOwn columns of all threads
+  static constexpr int kListed = 11;  // candidates per thread; odd, so that neighbours meet no bank twice
+  static constexpr int kBlocksPerSm = 2;
+  static constexpr bool kApart = false;  // where the bins are
 };
+
+/// Few rows: a block has the SM for itself, and most or all of its part of the row is on the way at once.
+struct FewRows {
+  static constexpr int kStages = 4;
+  static constexpr int kListed = 13;
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr bool kApart = true;
+};
+
+// --- Which kernel, and how many blocks ------------------------------------------------------------------------------------
+
+enum class Kernel { short_rows, few_long_rows, many_long_rows };
+
+struct Spread {
+  Kernel kernel;
+  int cluster;  // blocks per row
+};
+
+/// Pure: sizes decide, never the windows, which are on the device. `lead` columns at most lie between the first of a row
+/// and an aligned address before it.
+INDEXCACHE_HOST_DEVICE constexpr Spread spread(int64_t rows, int64_t columns, int64_t lead, int sms) {
+  if (columns + lead <= kShortRow) return {Kernel::short_rows, 1};
+  if (rows > sms) return {Kernel::many_long_rows, 1};
+  int cluster = 1;
+  // Blocks of a cluster lie in one GPC, and the GPCs are not all of the same size: 132 SMs hold 66 pairs, but 30 clusters
+  // of 4, 15 of 8 and 7 of 16.
+  const auto fits = [&](int size) { return rows * size <= (size > 2 ? sms * 15 / 16 : sms); };
+  while (cluster < kMaxCluster && fits(cluster * 2) && columns / (cluster * 2) >= kLeastSlice) cluster *= 2;
+  return {Kernel::few_long_rows, cluster};
+}
 
 }  // namespace indexcache::sm90::radix_topk

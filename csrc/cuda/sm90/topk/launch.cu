@@ -1,51 +1,43 @@
+#include "csrc/cuda/common/launch.cuh"
 #include "csrc/cuda/sm90/sm90.h"
-
-#include <cuda_runtime_api.h>
-
-#include "csrc/cuda/common/device.h"
-#include "csrc/cuda/sm90/topk/kernel.cuh"
+#include "csrc/cuda/sm90/topk/long_rows.cuh"
+#include "csrc/cuda/sm90/topk/short_rows.cuh"
 
 namespace indexcache::sm90 {
 namespace {
 
-int sm_count() {
-  int device = 0, sms = 0;
-  cuda::check("topk", cudaGetDevice(&device));
-  cuda::check("topk", cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  return sms;
+using namespace radix_topk;
+
+template <class T, int kCluster, class Rows>
+void launch_long(const TopkParams& p, Stream stream) {
+  constexpr int kBytes = sizeof(LongRowShared<Rows>);
+  cuda::launch<long_rows_kernel<T, kCluster, Rows>>("topk", {p.rows * kCluster, kThreads, kBytes, kCluster}, stream, p);
 }
 
-template <int kCluster>
-void launch(const TopkParams& p, Stream stream) {
-  const auto kernel = radix_topk::topk_kernel<kCluster>;
-  constexpr int kBytes = sizeof(radix_topk::Shared);
-  cuda::check("topk", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  if (kCluster > 8) {
-    cuda::check("topk", cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+template <class T>
+void run(const TopkParams& p, Stream stream) {
+  constexpr int kUnit = Unit<T>::kSize;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.row_stride % kUnit == 0;
+  const Spread how = spread(p.rows, p.columns, aligned ? 0 : kUnit - 1, cuda::sm_count());
+  switch (how.kernel) {
+    case Kernel::short_rows:
+      return cuda::launch<short_rows_kernel<T>>("topk", {p.rows, kThreads, sizeof(ShortRowShared<T>)}, stream, p);
+    case Kernel::many_long_rows: return launch_long<T, 1, ManyRows>(p, stream);
+    case Kernel::few_long_rows: break;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(p.rows * kCluster);
-  config.blockDim = radix_topk::kThreads;
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cuda::check("topk", cudaLaunchKernelEx(&config, kernel, p));
+  switch (how.cluster) {
+    case 1: return launch_long<T, 1, FewRows>(p, stream);
+    case 2: return launch_long<T, 2, FewRows>(p, stream);
+    case 4: return launch_long<T, 4, FewRows>(p, stream);
+    case 8: return launch_long<T, 8, FewRows>(p, stream);
+    default: return launch_long<T, 16, FewRows>(p, stream);
+  }
 }
 
 }  // namespace
 
 void topk(const TopkParams& p, Stream stream) {
-  switch (radix_topk::cluster_size(p.rows, p.columns, sm_count())) {
-    case 1: return launch<1>(p, stream);
-    case 2: return launch<2>(p, stream);
-    case 4: return launch<4>(p, stream);
-    case 8: return launch<8>(p, stream);
-    default: return launch<16>(p, stream);
-  }
+  return p.dtype == DType::bf16 ? run<uint16_t>(p, stream) : run<float>(p, stream);
 }
 
 }  // namespace indexcache::sm90

@@ -1,0 +1,28 @@
+// Copies from global to shared memory, at a 32-bit address, that run while the thread goes on (cp.async), in groups that
+// complete in order.
+#pragma once
+
+#include <cstdint>
+
+namespace indexcache::cuda {
+
+/// Both addresses are multiples of 16 bytes. Leaves the L1 cache alone.
+__device__ inline void copy_16_bytes(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+/// The same with zeros behind the first `bytes`, the only ones that are read.
+__device__ inline void copy_first_bytes(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+/// Ends this thread's group of copies.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Waits until all but the last `kPending` groups of this thread have arrived.
+template <int kPending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace indexcache::cuda

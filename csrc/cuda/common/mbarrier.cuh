@@ -1,0 +1,67 @@
+// Barriers in shared memory that count arrivals of threads and bytes of the copy engine.
+//
+// A barrier runs through phases 0, 1, 2, …; a waiter names the parity of the phase whose end it waits for. The wait for
+// the "phase before the first", parity 1 of a fresh barrier, returns at once: so a ring starts with all stages free.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+
+namespace indexcache::cuda {
+
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+/// A phase ends after `arrivals` arrivals, and the bytes that they announced.
+__device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+/// Before the memory of a barrier that nobody waits for is used for something else, or for another barrier.
+__device__ inline void invalidate_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+/// Between the last init_barrier() and the first copy: makes barriers visible to the copy engine.
+__device__ inline void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ inline void arrive_expecting(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline bool phase_ended(uint64_t* barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n  .reg .pred p;\n"
+      "  mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "  selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(ended)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
+/// With INDEXCACHE_HANG_CYCLES a wait that takes longer names itself and ends the kernel with an error.
+__device__ inline void wait(uint64_t* barrier, uint32_t parity) {
+#ifdef INDEXCACHE_HANG_CYCLES
+  const long long start = clock64();
+  while (!phase_ended(barrier, parity)) {
+    if (clock64() - start < INDEXCACHE_HANG_CYCLES) continue;
+    printf("block %d thread %d hangs at the barrier at %u, parity %u\n", static_cast<int>(blockIdx.x),
+           static_cast<int>(threadIdx.x), shared_address(barrier), parity);
+    __trap();
+  }
+#else
+  while (!phase_ended(barrier, parity)) {
+  }
+#endif
+}
+
+}  // namespace indexcache::cuda
