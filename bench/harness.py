@@ -109,10 +109,11 @@ def cpu_roofs(watch: Stopwatch) -> dict[str, float]:
 
 
 def gpu_roofs(watch: Stopwatch) -> dict[str, float]:
-    """R16 and R8: FLOP/s of bf16 and e4m3 matrix products of 8192 x 8192. BW: bytes/s of a device copy."""
+    """R16 and R8: FLOP/s of bf16 and e4m3 matrix products of 8192 x 8192. BW: bytes/s of a copy; READ: of a sum."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    roofs = {"R16": 2 * n**3 / watch.median(lambda: torch.mm(a, b), 15), "BW": copy_rate(watch, 1 << 30)}
+    roofs = {"R16": 2 * n**3 / watch.median(lambda: torch.mm(a, b), 15)}
+    roofs |= {"BW": copy_rate(watch, 1 << 30), "READ": read_rate(watch, 1 << 30)}
     if torch.cuda.get_device_capability() >= (8, 9):
         a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), torch.ones((), device="cuda")
         product = lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)  # noqa: E731
@@ -138,6 +139,11 @@ def copy_rate(watch: Stopwatch, size: int) -> float:
     return 2 * size / watch.median(lambda: target.copy_(source), 9)
 
 
+def read_rate(watch: Stopwatch, size: int) -> float:
+    source = torch.ones(size // 4, device=watch.device)
+    return size / watch.median(source.sum, 9)
+
+
 class Measurement:
     """What the `measure` fixture gives a benchmark; one call of it times, checks and records one case."""
 
@@ -155,19 +161,22 @@ class Measurement:
         roof: str | None = None,
         flops: float = 0,
         nbytes: float = 0,
+        memory: str = "BW",
         baseline: Baseline | None = None,
         mark: float | None = None,
-    ) -> None:
-        """Time `op` after `check` accepted its result.
+        mark_us: float | None = None,
+    ) -> dict[str, Any]:
+        """Time `op` after `check` accepted its result, and return what is recorded: nothing where nothing is timed.
 
         `flops` counts valid work only and `roof` names the rate that bounds it (F32, R8, R16); `nbytes` counts what
-        must be read and written. `mark` is the ratio to the baseline that the project set out to reach.
+        must be read and written, and `memory` names its rate (READ for an op that does little but read). `mark` is the
+        ratio to the baseline, `mark_us` the time, that the project set out to reach.
         """
         expected = op()
         check(expected)
         if self.benchmark.disabled:
             self.benchmark.pedantic(op)
-            return
+            return {}
         watch = Stopwatch(device)
         rates = self.roofs(device)
         baseline_times: list[float] = []
@@ -184,7 +193,9 @@ class Measurement:
 
         seconds = self.benchmark.stats.stats.median
         info = {"device": device, "seconds": seconds, "flops": flops, "bytes": nbytes}
-        info |= roofline(seconds, flops, nbytes, roof, rates)
+        info |= roofline(seconds, flops, nbytes, roof, memory, rates)
+        if mark_us is not None and self.full_size:
+            info["mark_seconds"] = mark_us * 1e-6
         if baseline is not None:
             baseline_seconds = statistics.median(baseline_times[WARMUP_ROUNDS:])
             work = 1 if baseline.flops is None else flops / baseline.flops
@@ -193,11 +204,14 @@ class Measurement:
         if device == "cuda":
             info |= gpu_extras(op, seconds)
         self.benchmark.extra_info |= info
+        return info
 
 
-def roofline(seconds: float, flops: float, nbytes: float, roof: str | None, rates: dict[str, float]) -> dict[str, Any]:
+def roofline(
+    seconds: float, flops: float, nbytes: float, roof: str | None, memory: str, rates: dict[str, float]
+) -> dict[str, Any]:
     """The roof that the op meets first, and the share of it that it reaches."""
-    least = {"BW": nbytes / rates["BW"]}
+    least = {memory: nbytes / rates[memory]}
     if roof in rates:
         least[roof] = flops / rates[roof]
     nearest = max(least, key=least.__getitem__)
@@ -250,6 +264,15 @@ def sampled_rows(rows: int, count: int = 8) -> Tensor:
 def visible(starts: Tensor, ends: Tensor, keys: int) -> int:
     """The (query, key) pairs inside the windows."""
     return int((ends.clamp(max=keys).long() - starts.clamp(min=0).long()).clamp(min=0).sum())
+
+
+def best_columns(scores: Tensor, k: int) -> Tensor:
+    """int32 [R, k]: the k best columns of each row, the first among equals, ascending. No NaN, no fewer than k."""
+    worst = scores.topk(k, dim=-1).values.amin(-1, keepdim=True)
+    above, equal = scores > worst, scores == worst
+    room = k - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+    return chosen.nonzero()[:, 1].view(len(scores), k).int()
 
 
 def assert_selection(got: Tensor, scores: Tensor, tolerance: Tensor) -> None:
