@@ -54,7 +54,10 @@ __device__ Cut find_cut(const T* scores, uint32_t length, int64_t k) {
     const uint32_t count = threadIdx.x < kDigits ? histogram[digit] : 0;
     const cuda::BlockSum above = cuda::block_exclusive_sum<kThreads>(count);
     if (first) {
-      if (above.total <= k) return {kNeverSelected, 0, above.total};
+      if (above.total <= k) {
+        __syncthreads();  // for the next sum
+        return {kNeverSelected, 0, above.total};
+      }
       wanted = static_cast<uint32_t>(k);
     }
     if (above.before < wanted && wanted <= above.before + count) {
