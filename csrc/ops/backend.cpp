@@ -23,6 +23,11 @@ constexpr const char* kAnyK = "any k, any row stride; float32, bfloat16";
 /// A block keeps one f32 vector in 48 KiB of shared memory.
 bool fits_shared_memory(const CallShape& shape) { return shape.dim <= 12288; }
 
+bool fits_sm90_indexer(const CallShape& shape) {
+  const int64_t h = shape.heads;
+  return (h == 8 || h == 16 || h == 32 || h == 64) && (shape.dim == 64 || shape.dim == 128);
+}
+
 bool fits_sm90_topk(const CallShape& shape) { return shape.k <= 2048; }
 
 // One row per op and backend, the preferred backend of an op first.
@@ -31,6 +36,9 @@ bool fits_sm90_topk(const CallShape& shape) { return shape.k <= 2048; }
   {op, Backend::generic, "head dim up to 12,288; float32, bfloat16", fits_shared_memory}, {op, Backend::cpu, kFloats, nullptr}
 #define INDEXCACHE_TOPK(op) \
   {op, Backend::sm90, "k up to 2,048, any row stride; float32, bfloat16", fits_sm90_topk}, INDEXCACHE_ROWS(op, kAnyK)
+#define INDEXCACHE_INDEXER(op)                                                                        \
+  {op, Backend::sm90, "8, 16, 32 or 64 heads; head dim 64 or 128; float8_e4m3fn", fits_sm90_indexer}, \
+      INDEXCACHE_ROWS(op, kE4m3)
 constexpr Capability kCapabilities[] = {
     INDEXCACHE_QUANTISE("quantize_index_q"),
     INDEXCACHE_QUANTISE("quantize_index_k"),
@@ -38,19 +46,20 @@ constexpr Capability kCapabilities[] = {
     INDEXCACHE_ROWS("gather_index_k", kIndexCache),
     INDEXCACHE_ROWS("store_latent_kv", kLatentCache),
     INDEXCACHE_ROWS("gather_latent_kv", kLatentCache),
-    INDEXCACHE_ROWS("indexer_logits", kE4m3),
-    INDEXCACHE_ROWS("indexer_logits_paged", kE4m3),
+    INDEXCACHE_INDEXER("indexer_logits"),
+    INDEXCACHE_INDEXER("indexer_logits_paged"),
     INDEXCACHE_TOPK("topk"),
     INDEXCACHE_TOPK("topk_to_slots"),
     INDEXCACHE_TOPK("topk_reads"),
-    INDEXCACHE_ROWS("indexer_topk", kE4m3),
-    INDEXCACHE_ROWS("indexer_topk_paged", kE4m3),
+    INDEXCACHE_INDEXER("indexer_topk"),
+    INDEXCACHE_INDEXER("indexer_topk_paged"),
     INDEXCACHE_ROWS("to_slots", "any page size"),
     INDEXCACHE_ROWS("sparse_mla", kFloats),
     INDEXCACHE_ROWS("sparse_mla_paged", "any heads; q float32, bfloat16; 656-byte rows, any page size"),
 };
 #undef INDEXCACHE_ROWS
 #undef INDEXCACHE_TOPK
+#undef INDEXCACHE_INDEXER
 #undef INDEXCACHE_QUANTISE
 
 /// Why `backend` cannot serve any call on `device`, or null.

@@ -72,7 +72,7 @@ TensorView indexer_logits(Context& ctx, const TensorView& q, const TensorView& k
   if (params.queries * params.keys == 0) return logits;
   params.logits = logits.as<float>();
   ops::launch(check, ctx, {.heads = params.heads, .dim = params.dim, .dtype = q.dtype}, params,
-              INDEXCACHE_KERNELS(indexer_logits));
+              INDEXCACHE_SM90_KERNELS(indexer_logits));
   return logits;
 }
 
@@ -90,7 +90,7 @@ TensorView indexer_logits_paged(Context& ctx, const TensorView& q, const TensorV
   params.logits = logits.as<float>();
   params.columns = params.logits_stride = max_context_len;
   ops::launch(check, ctx, {.heads = params.heads, .dim = params.dim, .dtype = q.dtype}, params,
-              INDEXCACHE_KERNELS(indexer_logits_paged));
+              INDEXCACHE_SM90_KERNELS(indexer_logits_paged));
   return logits;
 }
 

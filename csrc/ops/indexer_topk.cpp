@@ -48,7 +48,7 @@ TensorView indexer_topk(Context& ctx, const TensorView& q, const TensorView& k, 
     part.starts += row;
     part.ends += row;
     part.logits = logits;
-    if (all.keys > 0) ops::launch(check, ctx, shape, part, INDEXCACHE_KERNELS(indexer_logits));
+    if (all.keys > 0) ops::launch(check, ctx, shape, part, INDEXCACHE_SM90_KERNELS(indexer_logits));
     const TopkParams selection{.logits = logits,
                                .dtype = DType::f32,
                                .rows = part.queries,
@@ -92,7 +92,7 @@ TensorView indexer_topk_paged(Context& ctx, const TensorView& q, const TensorVie
       part.block_table += request * all.table_pages;
       part.logits = logits;
       part.columns = part.logits_stride = columns;
-      if (columns > 0) ops::launch(check, ctx, shape, part, INDEXCACHE_KERNELS(indexer_logits_paged));
+      if (columns > 0) ops::launch(check, ctx, shape, part, INDEXCACHE_SM90_KERNELS(indexer_logits_paged));
       const TopkParams selection{.logits = logits,
                                  .dtype = DType::f32,
                                  .rows = part.requests * part.queries_per_request,

@@ -8,6 +8,10 @@ namespace indexcache::sm90 {
 
 using generic::Stream;
 
+/// As the generic ones, for 8, 16, 32 or 64 heads of 64 or 128 dims.
+void indexer_logits(const IndexerLogitsParams& p, Stream stream);
+void indexer_logits_paged(const IndexerLogitsPagedParams& p, Stream stream);
+
 /// As generic::topk, for k <= 2,048.
 void topk(const TopkParams& p, Stream stream);
 

@@ -1,0 +1,100 @@
+// Tiles, shared memory and schedule of the sm90 indexer scores.
+//
+// A tile is 64 keys x (queries x heads): one wgmma with keys on M and heads on N, so that a thread holds all columns
+// of two keys that belong to its quarter of the heads, and the head sum is in-thread but for two shuffles.
+//
+// Roles of a block (one per SM):
+//   warpgroup 0, warp 0    producer: finds units of work and copies queries, keys and scales (TMA)
+//   warpgroup 0, warps 1-3 write -inf where no query of a unit sees anything
+//   warpgroups 1, 2        math: they take tiles in turn, so that one multiplies while the other sums heads
+// At 64 x 256 a tile is 512 tensor cycles and about 370 issue slots of the other warpgroup's epilogue.
+#pragma once
+
+#include <cstdint>
+
+#include "indexcache/params.h"
+
+namespace indexcache::sm90::indexer {
+
+inline constexpr int kTileKeys = 64;  // M of wgmma, and a page of the cache
+static_assert(kTileKeys == kIndexPage);
+inline constexpr int kMathWarpgroups = 2;
+inline constexpr int kThreads = 128 * (1 + kMathWarpgroups);
+inline constexpr int kMathWarps = 4 * kMathWarpgroups;
+inline constexpr int kFillWarps = 3;
+// 128 accumulators and 64 weights per math thread; 40 + 2 * 232 registers are what the SM has for 128 threads each.
+inline constexpr int kProducerRegisters = 40;
+inline constexpr int kMathRegisters = 232;
+
+/// Columns of a dense tile. 256 halves the shared-memory and L2 traffic per product of 128, and is all of wgmma's N.
+inline constexpr int kDenseColumns = 256;
+
+template <int heads, int queries, int dim>
+struct Tile {
+  static constexpr int kHeads = heads;
+  static constexpr int kQueries = queries;
+  static constexpr int kDim = dim;
+  static constexpr int kColumns = heads * queries;  // N of wgmma
+  static constexpr int kKeyBytes = kTileKeys * dim;
+  static constexpr int kScaleBytes = kTileKeys * 4;
+  static constexpr int kQueryBytes = kColumns * dim;
+  // 16 x 8.25 KiB in flight are 17 MiB on 132 SMs: four times what the memory's latency needs, and 8,000 cycles of
+  // work at 64 x 256, which hide the start of the next unit.
+  static constexpr int kStages = 16;
+  static constexpr int kUnitStages = kColumns <= 128 ? 4 : 2;
+  static_assert(kColumns <= 256 && kColumns % 32 == 0);
+  static_assert(dim == 128 || dim == 64, "a row is one swizzle span");
+};
+
+/// Columns that a query sees.
+struct Window {
+  int begin, end;
+};
+
+/// A run of key tiles for the same queries.
+template <class T>
+struct Unit {
+  int64_t row;    // of the logits, of the first query
+  int queries;    // up to T::kQueries
+  int first_key;  // column of the first tile's first key
+  int tiles;      // 0: no more units
+  int clear_begin, clear_end;  // a tile within is stored without looking at windows
+  Window windows[T::kQueries];
+};
+
+template <class T>
+struct Shared {
+  alignas(1024) uint8_t keys[T::kStages][T::kKeyBytes];  // 1,024: eight swizzled rows
+  alignas(1024) uint8_t queries[T::kUnitStages][T::kQueryBytes];
+  alignas(128) float scales[T::kStages][kTileKeys];
+  alignas(128) float weights[T::kUnitStages][T::kColumns];
+  Unit<T> units[T::kUnitStages];
+  int hole[T::kStages];  // the block table names no page for the tile
+  uint64_t key_full[T::kStages], key_empty[T::kStages];
+  uint64_t unit_full[T::kUnitStages], unit_empty[T::kUnitStages];
+  uint64_t turn[kMathWarpgroups];  // phase i: the warpgroup may issue the products of its tile i
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Tiles per unit of a dense call: `query_blocks` times this many units are dealt to the SMs in turn. Long units start
+/// less often, short ones fill the last round better.
+constexpr int64_t unit_tiles(int64_t query_blocks, int64_t tiles, int sms) {
+  constexpr int64_t kShortest = 2, kLongest = 128, kTrials = 64;
+  constexpr int64_t kStart = 1;  // cost of starting a unit, in tiles
+  const int64_t fewest = ceil_div(tiles, kLongest);
+  int64_t best = tiles < kLongest ? tiles : kLongest, best_cost = INT64_MAX;
+  for (int64_t chunks = fewest; chunks < fewest + kTrials; ++chunks) {
+    const int64_t length = ceil_div(tiles, chunks);
+    if (chunks > fewest && length < kShortest) break;
+    const int64_t units = query_blocks * ceil_div(tiles, length);
+    const int64_t cost = ceil_div(units, sms) * (length + kStart);
+    if (cost < best_cost) best = length, best_cost = cost;
+  }
+  return best;
+}
+
+/// Columns of -inf that a warp writes at a time in a paged call.
+inline constexpr int64_t kFillColumns = 4096;
+
+}  // namespace indexcache::sm90::indexer
