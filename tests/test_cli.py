@@ -34,6 +34,12 @@ def test_help(capsys):
         (["demo", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["demo", "--text"], "--text: expected one argument"),
         (["demo", "book.txt"], "unrecognized arguments: book.txt"),
+        (["search", "--model", "m"], "required: --calibration, --context"),
+        (["search", "--keep", "2"], "--keep: expected a share in (0, 1], got 2"),
+        (["search", "--keep", "half"], "--keep: expected a share such as 1/4, got 'half'"),
+        (["search", "--stages", "0"], "--stages: expected 1 or more, got 0"),
+        (["search", "--report", "page.pdf"], "--report: expected a name that ends in .html or .md, got 'page.pdf'"),
+        (["overlap", "--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from indexcache_ext.cli import main
 from indexcache_ext.demo import run, text, train
+from indexcache_ext.search import SearchTrace
 from safetensors.torch import load_file, save_file
 from transformers import GlmMoeDsaForCausalLM
 
@@ -216,14 +217,28 @@ def test_demo_json(capsys, device):
     out = capsys.readouterr().out
     result = json.loads(out)
     rows = result["patterns"]
-    assert [row["pattern"] for row in rows] == ["FFFFFFFF", "FSFSFSFS", "FSSSFSSS", "FSSSSSSS"]
-    assert [row["indexer_calls_per_token"] for row in rows] == [8, 4, 2, 1]
+    trace = SearchTrace.load(run.CHECKPOINT / "trace.json")
+    half, quarter = str(trace.pattern(1 / 2)), str(trace.pattern(1 / 4))
+    assert [row["pattern"] for row in rows] == ["FFFFFFFF", "FSFSFSFS", half, "FSSSFSSS", quarter, "FSSSSSSS"]
+    assert [row["chosen"] for row in rows] == ["all", "uniform", "searched", "uniform", "searched", "uniform"]
+    assert [row["indexer_calls_per_token"] for row in rows] == [8, 4, 4, 2, 2, 1]
     config = run.load_model(run.CHECKPOINT, torch.device("cpu")).config
     key = config.index_head_dim + 4  # e4m3 bytes and an f32 scale
-    assert [row["index_key_bytes_per_token"] for row in rows] == [8 * key, 4 * key, 2 * key, key]
+    assert [row["index_key_bytes_per_token"] for row in rows] == [n * key for n in (8, 4, 4, 2, 2, 1)]
     assert all(row["prefill_ms"] > 0 and row["decode_ms"] > 0 and row["generated"] for row in rows)
     assert all(row["loss"] < 2 for row in rows)
+    assert rows[4]["loss"] < rows[3]["loss"] - 0.05  # a quarter of the indexers: searched, and uniform
     assert result["text"]["bytes"] == 1024 and result["text"]["context"] == 512
+
+
+def test_demo_without_a_trace_and_with_a_wrong_one(checkpoint, capsys):
+    (checkpoint / "trace.json").unlink()
+    assert list(run.choose_patterns(checkpoint, 8).values()) == ["all", "uniform", "uniform", "uniform"]
+    shutil.copy(run.CHECKPOINT / "trace.json", checkpoint)
+    with pytest.raises(run.CheckpointError, match="is of a model of 8 layers, not 9"):
+        run.choose_patterns(checkpoint, 9)
+    (checkpoint / "trace.json").write_text("{}")
+    assert "is not a trace of a search" in refusal(capsys, "--model", str(checkpoint))
 
 
 def test_demo_loss_is_the_stock_models(capsys, device):
@@ -323,7 +338,7 @@ def test_bad_config(capsys, checkpoint):
     file.write_text(json.dumps(config | {"hidden_size": 128}))
     assert "cannot be loaded, it is damaged" in refusal(capsys, "--model", str(checkpoint))
     file.write_text("[1, 2]")
-    assert "got None with None" in refusal(capsys, "--model", str(checkpoint))
+    assert "holds no config, but list" in refusal(capsys, "--model", str(checkpoint))
     file.write_text("{")
     assert "config.json cannot be read" in refusal(capsys, "--model", str(checkpoint))
 

@@ -128,6 +128,11 @@ class LayerPattern:
         """The layer whose selection this layer attends to: itself if Full, else the nearest preceding Full layer."""
         return self.letters.rindex("F", 0, self._checked(layer) + 1)
 
+    def share(self, layer: int) -> LayerPattern:
+        """The same pattern with this layer Shared. Raises ValueError for layer 0, which has nobody to reuse."""
+        layer = self._checked(layer)
+        return LayerPattern(f"{self.letters[:layer]}S{self.letters[layer + 1 :]}")
+
     def groups(self) -> dict[int, range]:
         """Each Full layer, in order, with the layers that it serves: `{0: range(0, 1), 1: range(1, 5), …}`.
 

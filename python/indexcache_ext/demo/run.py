@@ -1,7 +1,8 @@
 """`indexcache demo`: a small DSA language model on a text, with all of its indexers and with fewer.
 
-Every layer first runs its own indexer; then 1/2, 1/4 and 1/8 of the layers do, spread uniformly, and the layers
-between them attend to what the nearest one before them selected. Runs on the operators of this package through
+Every layer first runs its own indexer; then 1/2, 1/4 and 1/8 of the layers do, spread uniformly and, if the checkpoint
+has the trace of an `indexcache search` beside it, as that found best; the layers between them attend to what the
+nearest one before them selected. Runs on the operators of this package through
 `indexcache_ext.integrations.transformers`.
 """
 
@@ -23,8 +24,11 @@ import transformers
 from tqdm import tqdm
 from transformers import GlmMoeDsaForCausalLM
 
+from ..integrations import checkpoints
+from ..integrations.checkpoints import CheckpointError, choose_device, read_config
 from ..integrations.transformers import apply, cache_bytes
 from ..schedule import LayerPattern
+from ..search import SearchTrace
 from .text import TextError, heldout_text, windows
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -36,15 +40,12 @@ TEMPERATURE = 0.5
 _MADE_BY = "the demo runs checkpoints that indexcache_ext.demo.train made"
 
 
-class CheckpointError(ValueError):
-    """The checkpoint cannot be used; the message says why and what to do about it."""
-
-
 @dataclass
 class Measurement:
     """What one pattern costs and gives; `decode_ms` is for one token at the full context."""
 
     pattern: str
+    chosen: str  # how the pattern was: all, uniform or searched
     indexers: int
     loss: float  # nats per byte
     indexer_calls_per_token: float
@@ -60,32 +61,14 @@ def load_model(folder: Path, device: torch.device) -> GlmMoeDsaForCausalLM:
     Raises:
         CheckpointError: there is none, it is damaged or incomplete, or it is another kind of model.
     """
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"no checkpoint in {folder}: {name} is missing; name another folder with --model DIR")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    found = [config.get(key) if isinstance(config, dict) else None for key in ("model_type", "vocab_size")]
+    config = read_config(folder)
+    found = [config.get(key) for key in ("model_type", "vocab_size")]
     if found != ["glm_moe_dsa", VOCABULARY]:
         raise CheckpointError(
             f"{folder / 'config.json'}: expected model_type 'glm_moe_dsa' with vocab_size {VOCABULARY} (bytes), "
             f"got {found[0]!r} with {found[1]!r}; {_MADE_BY}"
         )
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, info = GlmMoeDsaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # a damaged file shows up as many kinds of exception
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"the checkpoint in {folder} cannot be loaded, it is damaged: {reason}") from error
-    if missing := sorted(info["missing_keys"]):
-        some = f"{len(missing)} weights, {missing[0]} among them"
-        raise CheckpointError(f"the checkpoint in {folder} lacks {some}; {_MADE_BY}")
-    if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"the checkpoint in {folder} is damaged: {broken[0]} holds NaN or infinite values")
-    return model.to(device).eval()
+    return checkpoints.load_model(folder, device)
 
 
 def read_text(file: Path | None) -> tuple[str, bytes]:
@@ -124,6 +107,25 @@ def choose_context(asked: int | None, folder: Path, config: transformers.Pretrai
     return min(max(trained, least), most)
 
 
+def choose_patterns(folder: Path, layers: int) -> dict[LayerPattern, str]:
+    """The patterns to show, and how each was chosen: fewer and fewer Full layers, the searched after the uniform one.
+
+    Raises:
+        CheckpointError: the trace beside the checkpoint is damaged, or of another model.
+    """
+    found = {LayerPattern.uniform(layers, every, offset=1): "uniform" if every > 1 else "all" for every in KEEP_EVERY}
+    if (folder / "trace.json").exists():
+        try:
+            trace = SearchTrace.load(folder / "trace.json")
+            searched = [trace.pattern(1 / every) for every in KEEP_EVERY]
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        if trace.num_layers != layers:
+            raise CheckpointError(f"{folder / 'trace.json'} is of a model of {trace.num_layers} layers, not {layers}")
+        found |= {pattern: "searched" for pattern in searched if pattern not in found}
+    return dict(sorted(found.items(), key=lambda item: (-str(item[0]).count("F"), item[1] == "searched")))
+
+
 def tokens_of(text: bytes, device: torch.device) -> torch.Tensor:
     """[1, 1 + bytes]: START and the bytes."""
     return torch.tensor([[START, *text]], device=device)
@@ -133,6 +135,7 @@ def tokens_of(text: bytes, device: torch.device) -> torch.Tensor:
 def measure(
     model: GlmMoeDsaForCausalLM,
     pattern: LayerPattern,
+    chosen: str,
     parts: list[bytes],
     prompt: bytes,
     new_bytes: int,
@@ -168,6 +171,7 @@ def measure(
     held = cache_bytes(out.past_key_values)
     return Measurement(
         pattern=str(pattern),
+        chosen=chosen,
         indexers=str(pattern).count("F"),
         loss=statistics.fmean(losses),
         indexer_calls_per_token=info.indexer_calls_per_token,
@@ -203,13 +207,6 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU if torch sees one. Raises CheckpointError if there is no GPU to put the model on."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("--device cuda: torch sees no GPU here; leave --device out to run on the CPU")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def demonstrate(args: argparse.Namespace) -> dict:
     """Runs everything; see `indexcache demo --help` for `args`. Returns what `--json` prints."""
     device = choose_device(args.device)
@@ -230,7 +227,7 @@ def demonstrate(args: argparse.Namespace) -> dict:
     prompt = prompt[: prompt.rfind(b"\n", len(prompt) // 2) + 1] or prompt  # stop after a line, if there is one
 
     layers = model.config.num_hidden_layers
-    patterns = list(dict.fromkeys(LayerPattern.uniform(layers, every, offset=1) for every in KEEP_EVERY))
+    patterns = choose_patterns(folder, layers)
     each = context * (len(parts) + 1) + len(prompt) + 1 + new_bytes
     # disable=None: no bar where stderr is not a terminal.
     bar = tqdm(total=each * len(patterns), unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr)
@@ -240,9 +237,9 @@ def demonstrate(args: argparse.Namespace) -> dict:
             bar.set_description("choosing CPU threads")
             apply(model)
             choose_threads(model, parts[0][:512])
-        for pattern in patterns:
+        for pattern, chosen in patterns.items():
             bar.set_description(f"{str(pattern).count('F')} of {layers} indexers")
-            rows.append(measure(model, pattern, parts, prompt, new_bytes, bar.update))
+            rows.append(measure(model, pattern, chosen, parts, prompt, new_bytes, bar.update))
     return {
         "model": {
             "path": str(folder),
@@ -267,14 +264,16 @@ def table(result: dict) -> str:
         f"{model['index_topk']} tokens of up to {text['context']:,}; {where}",
         f"text   {text['source']}: {text['windows']} windows of {text['context']:,} bytes",
         "",
-        f"{'':10} {'loss':>9} {'change':>9} {'indexer':>9} {'index keys':>11} {'prefill':>9} {'decode':>9}",
-        f"{'indexers':10} {'nats/byte':>9} {'to all':>9} {'calls/tok':>9} {'bytes/tok':>11} {'ms':>9} {'ms/tok':>9}",
+        f"{'':18} {'loss':>9} {'change':>9} {'indexer':>9} {'index keys':>11} {'prefill':>8} {'decode':>7}",
+        f"{'indexers':18} {'nats/byte':>9} {'to all':>9} {'calls/tok':>9} {'bytes/tok':>11} {'ms':>8} {'ms/tok':>7}"
+        "  pattern",
     ]
     for row in rows:
         lines.append(
-            f"{row['indexers']} of {model['layers']:<5} {row['loss']:9.4f} {row['loss'] - rows[0]['loss']:+9.4f} "
+            f"{row['indexers']} of {model['layers']:<3} {row['chosen']:10} {row['loss']:9.4f} "
+            f"{row['loss'] - rows[0]['loss']:+9.4f} "
             f"{row['indexer_calls_per_token']:9.2f} {row['index_key_bytes_per_token']:11.0f} "
-            f"{row['prefill_ms']:9.1f} {row['decode_ms']:9.2f}"
+            f"{row['prefill_ms']:8.1f} {row['decode_ms']:7.2f}  {row['pattern']}"
         )
     for row in (rows[0], rows[-1]) if len(rows) > 1 else rows:
         lines += ["", f"after these lines, {row['indexers']} of {model['layers']} indexers ({row['pattern']}) write:"]

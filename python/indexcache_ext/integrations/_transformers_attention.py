@@ -59,6 +59,8 @@ class _SparseMla:
         indices = indexcache_forward.holder.select(self.layer_idx, run_indexer)
         dropout = self.attention_dropout if self.training else 0.0
         q = q.flatten(0, 1).to(kv.dtype)
+        if indexcache_forward.watch is not None:
+            indexcache_forward.watch(indexcache_forward, self.layer_idx, q, kv.flatten(0, 1), self.scaling)
         out = _attend(q, kv.flatten(0, 1), indices, self.scaling, self.kv_lora_rank, dropout)
         out = torch.einsum("thl,hvl->thv", out, w_value).reshape(batch, length, -1)
         return self.o_proj(out), None, *self.extra_results

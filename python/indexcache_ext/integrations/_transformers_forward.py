@@ -29,6 +29,10 @@ Observer = Callable[["Forward", int, Tensor, Callable[[], Tensor]], None]
 # Called as (forward, layer, selection, unquantised) after each indexer run; how selections are recorded and compared.
 observer: ContextVar[Observer | None] = ContextVar("indexcache_observer", default=None)
 
+Watcher = Callable[["Forward", int, Tensor, Tensor, float], None]
+# Called as (forward, layer, q [T,h,d], kv [N,d], scale) before the attention of each layer.
+watcher: ContextVar[Watcher | None] = ContextVar("indexcache_watcher", default=None)
+
 
 @dataclass
 class IntegrationInfo:
@@ -200,6 +204,7 @@ class Forward:
     windows: Windows
     holder: IndexCache | _KeptSelections
     observe: Observer | None = field(default_factory=observer.get)
+    watch: Watcher | None = field(default_factory=watcher.get)
     _rope: tuple[Tensor, Tensor] | None = None
 
     def rope_table(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
