@@ -168,14 +168,14 @@ void test_topk_plan() {
     Kernel kernel;
     int cluster;
   } const cases[] = {
-      {1, 8192, 0, Kernel::short_rows, 1},           {1, 8192, 3, Kernel::few_long_rows, 1},
+      {1, 8192, 0, Kernel::short_rows, 1},           {1, 8192, 3, Kernel::many_long_rows, 1},
       {100'000, 8190, 2, Kernel::short_rows, 1},     {1, 0, 3, Kernel::short_rows, 1},
-      {1, 8193, 0, Kernel::few_long_rows, 1},        {1, 16'384, 0, Kernel::few_long_rows, 2},
-      {1, 131'072, 0, Kernel::few_long_rows, 16},    {1, 1 << 23, 3, Kernel::few_long_rows, 16},
-      {7, 1 << 20, 0, Kernel::few_long_rows, 16},    {8, 1 << 20, 0, Kernel::few_long_rows, 8},
+      {1, 8193, 0, Kernel::many_long_rows, 1},        {1, 16'384, 0, Kernel::few_long_rows, 2},
+      {1, 524'288, 0, Kernel::few_long_rows, 16},    {1, 1 << 23, 3, Kernel::few_longest_rows, 16},
+      {7, 1 << 20, 0, Kernel::few_longest_rows, 16},    {8, 1 << 20, 0, Kernel::few_long_rows, 8},
       {16, 131'072, 0, Kernel::few_long_rows, 4},    {64, 65'536, 0, Kernel::few_long_rows, 2},
-      {66, 65'536, 0, Kernel::few_long_rows, 2},     {67, 65'536, 0, Kernel::few_long_rows, 1},
-      {128, 32'768, 0, Kernel::few_long_rows, 1},    {132, 1 << 20, 0, Kernel::few_long_rows, 1},
+      {66, 65'536, 0, Kernel::few_long_rows, 2},     {67, 65'536, 0, Kernel::many_long_rows, 1},
+      {128, 32'768, 0, Kernel::many_long_rows, 1},    {132, 1 << 20, 0, Kernel::many_long_rows, 1},
       {133, 32'768, 0, Kernel::many_long_rows, 1},   {100'000, 1 << 20, 0, Kernel::many_long_rows, 1},
   };
   for (const auto& c : cases) {
@@ -194,7 +194,7 @@ void test_topk_plan() {
   bool long_enough = true;
   for (int length = kWholeRow + 1; length < INT32_MAX - INT32_MAX / 97 - 1; length += 1 + length / 97) {
     long_enough &= length >> (kLogThreads - 1 + log_sample_units(length)) >= kSampleUnit;
-    long_enough &= 1 << log_sample_units(length) <= kMaxUnits;
+    long_enough &= log_sample_units(length) <= log2_of(kMaxUnits);
   }
   expect(long_enough, "every part of a sampled row is as long as a unit");
 }

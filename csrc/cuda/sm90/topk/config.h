@@ -41,31 +41,44 @@ inline constexpr int kSampleUnit = 16;
 inline constexpr int kSampleShare = 8;  // scores of a thread in a unit
 inline constexpr int kMaxUnits = 4;     // of a thread
 
-/// Sampled units per thread, as a power of two: 4,096 scores of a row of 131,072.
+/// Sampled units per pair of threads, as a power of two. The larger the sample, the fewer candidates, and the later they
+/// can be told.
 INDEXCACHE_HOST_DEVICE constexpr int log_sample_units(int length) {
-  return length <= 131'072 ? 0 : length <= 1'048'576 ? 1 : 2;
+  return length <= 32'768 ? -2 : length <= 131'072 ? 0 : length <= 1'048'576 ? 1 : 2;
+}
+INDEXCACHE_HOST_DEVICE constexpr int sample_size(int length) {
+  constexpr int kLeastLog = -2;
+  return (kThreads * kSampleShare >> -kLeastLog) << (log_sample_units(length) - kLeastLog);
 }
 
-/// Many rows: two blocks per SM have 64 KiB each on the way, behind which the latency of DRAM hides, and one reads while
-/// the other selects. Memory is scarce: the bins lie where the list or the ring is when these are not in use.
+/// Many rows, a block each: two blocks per SM have 64 KiB each on the way, behind which the latency of DRAM hides, and one
+/// reads while the other selects. Memory is scarce: the bins lie where the list or the ring is when these are not in use.
 struct ManyRows {
   static constexpr int kStages = 2;   // of f32 in the ring, each of kOwn columns of all threads
   static constexpr int kListed = 11;  // candidates per thread; odd, so that neighbours meet no bank twice
+  static constexpr int kBatch = 1;    // rounds whose candidates are placed together
   static constexpr int kBlocksPerSm = 2;
   static constexpr bool kApart = false;  // where the bins are
 };
 
-/// Few rows: a block has the SM for itself, and most or all of its part of the row is on the way at once.
+/// Few rows, a cluster each: a block has the SM for itself, and most or all of its part of the row is on the way at once.
 struct FewRows {
   static constexpr int kStages = 4;
   static constexpr int kListed = 13;
+  static constexpr int kBatch = 1;
   static constexpr int kBlocksPerSm = 1;
   static constexpr bool kApart = true;
 };
 
+/// So long that listing, not reading, takes the time.
+struct FewLongestRows : FewRows {
+  static constexpr int kBatch = 2;
+};
+inline constexpr int64_t kLongestSlice = 32'768;  // columns per block up to which reading takes the time
+
 // --- Which kernel, and how many blocks ------------------------------------------------------------------------------------
 
-enum class Kernel { short_rows, few_long_rows, many_long_rows };
+enum class Kernel { short_rows, many_long_rows, few_long_rows, few_longest_rows };
 
 struct Spread {
   Kernel kernel;
@@ -76,13 +89,14 @@ struct Spread {
 /// and an aligned address before it.
 INDEXCACHE_HOST_DEVICE constexpr Spread spread(int64_t rows, int64_t columns, int64_t lead, int sms) {
   if (columns + lead <= kShortRow) return {Kernel::short_rows, 1};
-  if (rows > sms) return {Kernel::many_long_rows, 1};
   int cluster = 1;
   // Blocks of a cluster lie in one GPC, and the GPCs are not all of the same size: 132 SMs hold 66 pairs, but 30 clusters
   // of 4, 15 of 8 and 7 of 16.
   const auto fits = [&](int size) { return rows * size <= (size > 2 ? sms * 15 / 16 : sms); };
   while (cluster < kMaxCluster && fits(cluster * 2) && columns / (cluster * 2) >= kLeastSlice) cluster *= 2;
-  return {Kernel::few_long_rows, cluster};
+  if (cluster == 1) return {Kernel::many_long_rows, 1};
+  const bool longest = cluster == kMaxCluster && columns > kMaxCluster * kLongestSlice;
+  return {longest ? Kernel::few_longest_rows : Kernel::few_long_rows, cluster};
 }
 
 }  // namespace indexcache::sm90::radix_topk

@@ -23,14 +23,14 @@ void run(const TopkParams& p, Stream stream) {
     case Kernel::short_rows:
       return cuda::launch<short_rows_kernel<T>>("topk", {p.rows, kThreads, sizeof(ShortRowShared<T>)}, stream, p);
     case Kernel::many_long_rows: return launch_long<T, 1, ManyRows>(p, stream);
+    case Kernel::few_longest_rows: return launch_long<T, kMaxCluster, FewLongestRows>(p, stream);
     case Kernel::few_long_rows: break;
   }
   switch (how.cluster) {
-    case 1: return launch_long<T, 1, FewRows>(p, stream);
     case 2: return launch_long<T, 2, FewRows>(p, stream);
     case 4: return launch_long<T, 4, FewRows>(p, stream);
     case 8: return launch_long<T, 8, FewRows>(p, stream);
-    default: return launch_long<T, 16, FewRows>(p, stream);
+    default: return launch_long<T, kMaxCluster, FewRows>(p, stream);
   }
 }
 

@@ -16,31 +16,46 @@
 namespace indexcache::sm90::radix_topk {
 
 /// Reads this block's part of the row once and lists what reaches the threshold in its list, if that has room. Returns the
-/// number, which is exact in any case. Barriers separate the uses of the ring and the list before and after.
-template <class Shared, class Reader>
+/// number, which is exact in any case. Barriers separate the uses of the ring and the list before and after. The threads
+/// work out the places of kBatch rounds together, 1 or 2.
+template <int kBatch, class Shared, class Reader>
 __device__ inline uint32_t collect(Shared& s, const Reader& reader, const Threshold& threshold, uint32_t room) {
   const float below = score_below(threshold.key);
   const uint32_t list = cuda::shared_address(s.list);
   uint32_t count = 0;
 #pragma unroll 1
-  for (int round = 0; round < reader.rounds(); ++round) {
-    reader.wait();
-    uint32_t mask = reader.above(round, below);
-    const uint32_t hits = __popc(mask);
-    const cuda::BlockSum sum = block_sum(s.shared, round, hits);
-    if (count + sum.total <= room) {
-      uint32_t to = list + (count + sum.before + hits) * sizeof(Candidate);
-      const int column = reader.column(round);
-#pragma unroll 1
-      while (mask != 0) {  // from the last
-        const uint32_t entry = highest_bit(mask);
-        mask ^= 1u << entry;
-        to -= sizeof(Candidate);
-        store_shared(to, column + entry, float_bits(reader.entry(round, entry)));
-      }
+  for (int first = 0; first < reader.rounds(); first += kBatch) {
+    uint32_t masks[kBatch], hits[kBatch];
+    cuda::BlockSum sums[kBatch];
+    reader.template wait<0>();
+    masks[0] = reader.above(first, below);
+    hits[0] = __popc(masks[0]);
+    if constexpr (kBatch == 1) {
+      sums[0] = block_sum(s.shared, first, hits[0]);
+    } else {
+      static_assert(kBatch == 2);
+      reader.template wait<1>();
+      masks[1] = reader.above(first + 1, below);
+      hits[1] = __popc(masks[1]);
+      block_sums(s.shared, first / kBatch, hits, sums);
     }
-    count += sum.total;
-    reader.release(round);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      uint32_t mask = masks[i];
+      if (count + sums[i].total <= room) {
+        uint32_t to = list + (count + sums[i].before + hits[i]) * sizeof(Candidate);
+        const int column = reader.column(first + i);
+#pragma unroll 1
+        while (mask != 0) {  // from the last
+          const uint32_t entry = highest_bit(mask);
+          mask ^= 1u << entry;
+          to -= sizeof(Candidate);
+          store_shared(to, column + entry, float_bits(reader.entry(first + i, entry)));
+        }
+      }
+      count += sums[i].total;
+      reader.release(first + i);
+    }
   }
   __syncthreads();
   return count;
@@ -105,7 +120,7 @@ __device__ inline uint32_t find_ties(SelectShared& s, int32_t* ties, const Reade
   uint32_t found = 0;
   row.start();
   for (int round = 0; round < row.rounds() && found < wanted; ++round) {
-    row.wait();
+    row.template wait<0>();
     uint32_t mask = row.equal(round, score);
     const cuda::BlockSum sum = block_sum(s, round, __popc(mask));
     uint32_t position = found + sum.before;
@@ -181,7 +196,7 @@ __device__ inline void list_best(Shared& s, uint32_t all, int log_parts, uint32_
     const auto key_at = [&](int i) { return key_of(load_shared<float>(own + i * sizeof(Candidate) + 4)); };
     cut = find_cut(s.shared, s.bins(), {low, kHighestKey - low, 0, all}, shift, k, for_each, key_at);
   }
-  list_selected(s.shared, keys, cut, k, s.result, [&](int i) { return columns[i]; });
+  list_chosen<kListed>(s.shared, Chosen(keys, each, cut), cut.ties, each, k, s.result, [&](int i) { return columns[i]; });
 }
 
 template <class T, class Rows>
@@ -219,7 +234,7 @@ __device__ __noinline__ uint32_t read_candidates(LongRowShared<Rows>& s, Row<T> 
   const int rank = blockIdx.x % kCluster;
   const auto reader = make_reader(s, row, rank, kCluster);
   reader.start();
-  const uint32_t count = collect(s, reader, threshold, kListSize);
+  const uint32_t count = collect<Rows::kBatch>(s, reader, threshold, kListSize);
   if constexpr (kCluster == 1) return count;
   cuda::cluster_sync<kCluster>();  // all have read the counts of the last attempt
   if (threadIdx.x == 0) cuda::store_to(cuda::address_in(0, &s.counts[rank]), count);
@@ -304,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, Rows::kBlocksPerSm) long_rows_kernel
   if constexpr (kCluster > 1) cuda::cluster_wait();  // all blocks are there, with their barriers
 
   const uint32_t room = Shared::kListSize >> log_parts;
-  const uint32_t count = collect(s, reader_of_row(), threshold, room);
+  const uint32_t count = collect<Rows::kBatch>(s, reader_of_row(), threshold, room);
   if constexpr (!Rows::kApart) {
     clear(s.bins());
     __syncthreads();

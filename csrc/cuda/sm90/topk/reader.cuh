@@ -35,9 +35,10 @@ class Reader {
 #pragma unroll 1
     for (int round = 0; round < kStages; ++round) fetch(round);
   }
-  /// Waits until the next round has arrived.
+  /// Waits until the next round and `kMore` after it have arrived.
+  template <int kMore>
   __device__ void wait() const {
-    cuda::wait_for_copies<kStages - 1>();
+    cuda::wait_for_copies<kStages - 1 - kMore>();
     __syncwarp();
   }
   /// After this warp's last look at `round`: starts the copy that takes its place.
@@ -109,7 +110,7 @@ class Reader {
     };
     if (first >= 0 && first + kStep <= row_.columns) {
 #pragma unroll
-      for (int j = 0; j < kUnits; ++j) cuda::copy_16_bytes(to(j), from + j * kWarpSize * kUnit);
+      for (int j = 0; j < kUnits; ++j) cuda::copy_16_bytes_once(to(j), from + j * kWarpSize * kUnit);
     } else {
 #pragma unroll 1
       for (int j = 0; j < kUnits; ++j) {

@@ -33,7 +33,10 @@ class Sample {
  public:
   __device__ explicit Sample(const Row<T>& row) : length_(row.length()) {
     const int log_units = log_sample_units(row.length()), log_parts = kLogPairs + log_units;
-    units_ = row.length() > kWholeRow ? 1 << log_units : 0;  // a shorter row needs no threshold
+    const int log_pairs = max(-log_units, 0);  // of which one has a unit
+    const uint32_t pair = threadIdx.x / 2;
+    const bool samples = row.length() > kWholeRow && pair % (1 << log_pairs) == 0;  // a short row needs no threshold
+    units_ = samples ? 1 << max(log_units, 0) : 0;
     // Columns are counted from an aligned address.
     const auto misaligned = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row.scores) / sizeof(T) % kSampleUnit);
     const uint32_t first = row.begin + misaligned, last_unit = (first + length_) / kSampleUnit - 1;
@@ -43,7 +46,7 @@ class Sample {
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) loaded_[u][j] = {};
       if (u >= units_) continue;
-      const uint32_t part = u * (kThreads / 2) + threadIdx.x / 2;
+      const uint32_t part = u * (kThreads / 2) + (pair >> log_pairs);
       const auto start_of = [&](uint32_t i) { return first + static_cast<uint32_t>(uint64_t{length_} * i >> log_parts); };
       // The part's units that are aligned to their size; a part that is too short for one has the next one.
       const uint32_t unit = (start_of(part) + kSampleUnit - 1) / kSampleUnit;
@@ -59,7 +62,7 @@ class Sample {
 
   /// `list_size`: the most candidates that can be kept.
   __device__ SamplePlan plan(uint32_t k, int list_size) const {
-    const float part = __fdividef(static_cast<float>(units_ * kThreads * kSampleShare), static_cast<float>(length_));
+    const float part = __fdividef(static_cast<float>(sample_size(length_)), static_cast<float>(length_));
     return {sample_rank(static_cast<float>(k) * part, static_cast<float>(list_size) * part), part};
   }
 
@@ -78,17 +81,22 @@ class Sample {
         }
       }
     };
+    uint32_t near = 0;  // samples in the first round's bin
     const auto done = [&](const Bin& b) {
-      return b.last == kFirst ? b.inside <= rank : b.above + b.inside <= rank + rank / 8;
+      if (b.last != kFirst) return b.above + b.inside <= rank + rank / 8;
+      near = b.inside;
+      return b.inside <= rank;
     };
     const Bin bin = descend(s, bins, kAllKeys, shift_of(kAllKeys.last), rank, for_each, done);
     if (bin.low < kLowestKey) return {};
-    // A bin of the first round is a quarter of an octave, where keys are spread evenly unless the data is strange.
-    const float width = small_to_float(bin.last), one = __fdividef(1.0f, small_to_float(bin.inside));
-    constexpr float kEach = 8;  // candidates in a bin; fewer where the tail of a distribution thins out
-    const uint32_t shift = (float_bits(kEach * width * plan.part * one + 1.0f) >> 23) - 127;
+    // How dense samples are about the threshold: a bin of the first round is a quarter of an octave, where keys are spread
+    // evenly unless the data is strange; then they are denser in the last round's, where one is because the rank is.
+    const float width = small_to_float(bin.last + 1);
+    const float density = max(small_to_float(near) * (1.0f / (kFirst + 1)), __fdividef(small_to_float(bin.inside - 1), width));
+    constexpr float kEach = 2;  // candidates in a bin; fewer where the tail of a distribution thins out
+    const uint32_t shift = min((float_bits(__fdividef(kEach * plan.part, density) + 1.0f) >> 23) - 127, 31u);
     if (bin.last == kFirst) {
-      const float below = 1.0f - small_to_float(rank - bin.above) * one;
+      const float below = 1.0f - __fdividef(small_to_float(rank - bin.above), small_to_float(bin.inside));
       return {bin.low + float_to_small(max(below, 0.0f) * width), false, shift, 0, bin.low};
     }
     const bool plateau = small_to_float(bin.above + bin.inside) > static_cast<float>(list_size) * plan.part;

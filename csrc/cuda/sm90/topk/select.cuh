@@ -31,6 +31,19 @@ __device__ inline cuda::BlockSum block_sum(SelectShared& s, int turn, uint32_t v
   return {(both >> 16) + before, both & 0xffffu};
 }
 
+/// Two sums in one.
+__device__ inline void block_sums(SelectShared& s, int turn, const uint32_t (&values)[2], cuda::BlockSum (&sums)[2]) {
+  uint32_t* const totals = s.warp_totals[turn & 1];
+  const uint32_t both = values[0] | values[1] << 16, before = cuda::warp_exclusive_sum(both);
+  if (lane_id() == kWarpSize - 1) totals[warp_id()] = before + both;
+  __syncthreads();
+  const uint32_t total = lane_id() < kWarps ? totals[lane_id()] : 0;
+  const uint32_t all = __reduce_add_sync(kFullMask, total);
+  const uint32_t earlier = before + __reduce_add_sync(kFullMask, lane_id() < warp_id() ? total : 0);
+  sums[0] = {earlier & 0xffffu, all & 0xffffu};
+  sums[1] = {earlier >> 16, all >> 16};
+}
+
 /// Narrows `parent` to the bin of it that holds rank `rank`, from 1 and from the top; bin i has 2^shift keys from low +
 /// i * 2^shift on, the last bin all the rest. `inside` 0: there are fewer. Called by all threads; synchronises before it
 /// reads and before it returns, and leaves the bins at zero.
@@ -101,23 +114,29 @@ __device__ inline Bin descend(SelectShared& s, Histogram& histogram, Bin bin, ui
   return bin;
 }
 
-/// The cut at the wanted-th best key of the few in `bin`. Called by all threads; s.few and s.few_keys are zero before.
-template <class ForEach, class KeyAt>
-__device__ inline Cut cut_few(SelectShared& s, const Bin& bin, uint32_t wanted, ForEach for_each, KeyAt key_at) {
-  uint32_t mine = 0;
-  for_each([&](int i, uint32_t key) { mine |= static_cast<uint32_t>(key - bin.low <= bin.last) << i; });
-  for (; mine != 0; mine &= mine - 1) s.few_keys[atomicAdd(&s.few, 1)] = key_at(__ffs(mine) - 1);
+/// The cut at the wanted-th best of the `count` keys of which bits of `mine` name this thread's: the i-th is key_at(i).
+/// Called by all threads; s.few and s.few_keys are zero before.
+template <class KeyAt>
+__device__ inline Cut cut_few(SelectShared& s, uint32_t mine, uint32_t count, uint32_t wanted, KeyAt key_at) {
+  if (mine != 0) {
+    uint32_t* to = s.few_keys + atomicAdd(&s.few, __popc(mine));
+    for (; mine != 0; mine &= mine - 1) *to++ = key_at(__ffs(mine) - 1);
+  }
   __syncthreads();
-  static_assert(kFew == 2 * kWarpSize);
+  static_assert(kFew == 2 * kWarpSize && kFew % kWarps == 0);
   const uint32_t one = s.few_keys[lane_id()], other = s.few_keys[lane_id() + kWarpSize];
-#pragma unroll 1
-  for (uint32_t i = warp_id(); i < bin.inside; i += kWarps) {
-    const uint32_t key = s.few_keys[i];
-    const auto count = [](bool a, bool b) {
-      return __popc(__ballot_sync(kFullMask, a)) + __popc(__ballot_sync(kFullMask, b));
-    };
-    const uint32_t better = count(one > key, other > key), not_worse = count(one >= key, other >= key);
-    if (better < wanted && wanted <= not_worse) s.cut = wanted == not_worse ? Cut{key - 1, 0} : Cut{key, wanted - better};
+  uint32_t keys[kFew / kWarps];
+#pragma unroll
+  for (int j = 0; j < kFew / kWarps; ++j) keys[j] = s.few_keys[warp_id() + j * kWarps];
+#pragma unroll
+  for (int j = 0; j < kFew / kWarps; ++j) {
+    const uint32_t key = keys[j];
+    if (warp_id() + j * kWarps >= count) break;
+    // How many are better, and how many not worse, in one sum.
+    const uint32_t better = (one > key) + (other > key), not_worse = (one >= key) + (other >= key);
+    const uint32_t ranks = __reduce_add_sync(kFullMask, better + (not_worse << 16));
+    const uint32_t first = ranks & 0xffffu, last = ranks >> 16;
+    if (first < wanted && wanted <= last) s.cut = wanted == last ? Cut{key - 1, 0} : Cut{key, wanted - first};
   }
   __syncthreads();
   return s.cut;
@@ -136,7 +155,9 @@ __device__ inline Cut find_cut(SelectShared& s, Histogram& histogram, const Bin&
   const uint32_t wanted = rank - bin.above;
   if (bin.inside == wanted) return {bin.low - 1, 0};
   if (bin.last == 0) return {bin.low, wanted};
-  return cut_few(s, bin, wanted, for_each, key_at);
+  uint32_t mine = 0;
+  for_each([&](int i, uint32_t key) { mine |= static_cast<uint32_t>(key - bin.low <= bin.last) << i; });
+  return cut_few(s, mine, bin.inside, wanted, key_at);
 }
 
 /// The lowest `n` set bits.
@@ -146,30 +167,48 @@ __device__ inline uint32_t lowest_bits(uint32_t bits, uint32_t n) {
   return bits ^ rest;
 }
 
-/// Lists in `listed[0 … k)` the columns of what is selected of the keys of all threads, those of lower threads first, and
-/// then -1. Synchronises before it writes, and before it returns.
+/// Which of a thread's keys, one per bit, are selected, and which are on the cut, where the first of all threads count.
+struct Chosen {
+  uint32_t above = 0, equal = 0;
+
+  Chosen() = default;
+  /// Of the first `count` keys.
+  template <int kKeys>
+  __device__ Chosen(const uint32_t (&keys)[kKeys], int count, const Cut& cut) {
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      if (i >= count) break;
+      above |= static_cast<uint32_t>(keys[i] > cut.key) << i;
+    }
+    if (cut.ties == 0) return;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      if (i >= count) break;
+      equal |= static_cast<uint32_t>(keys[i] == cut.key) << i;
+    }
+  }
+};
+
+/// Lists in `listed[0 … k)` the columns of what is chosen of the keys of all threads, those of lower threads first, and
+/// then -1. A thread has up to `count` keys; `column_of(i)` is the i-th's. Synchronises before it writes, and before it
+/// returns.
 template <int kKeys, class ColumnOf>
-__device__ inline void list_selected(SelectShared& s, const uint32_t (&keys)[kKeys], Cut cut, uint32_t k, int32_t* listed,
-                                     ColumnOf column_of) {
+__device__ inline void list_chosen(SelectShared& s, const Chosen& chosen, uint32_t ties, int count, uint32_t k,
+                                   int32_t* listed, ColumnOf column_of) {
   static_assert(kKeys <= 32);
-  uint32_t selected = 0, before, total;
-#pragma unroll
-  for (int i = 0; i < kKeys; ++i) selected |= static_cast<uint32_t>(keys[i] > cut.key) << i;
-  if (cut.ties == 0) {
-    const cuda::BlockSum sum = block_sum(s, 0, __popc(selected));
-    before = sum.before, total = sum.total;
-  } else {
-    uint32_t equal = 0;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) equal |= static_cast<uint32_t>(keys[i] == cut.key) << i;
-    const cuda::BlockSum above = block_sum(s, 0, __popc(selected)), ties = block_sum(s, 1, __popc(equal));
-    const uint32_t ties_before = min(ties.before, cut.ties);
-    selected |= lowest_bits(equal, cut.ties - ties_before);
-    before = above.before + ties_before, total = above.total + cut.ties;
+  const cuda::BlockSum above = block_sum(s, 0, __popc(chosen.above));
+  uint32_t selected = chosen.above, before = above.before, total = above.total;
+  if (ties > 0) {
+    const uint32_t ties_before = min(block_sum(s, 1, __popc(chosen.equal)).before, ties);
+    selected |= lowest_bits(chosen.equal, ties - ties_before);
+    before += ties_before, total += ties;
   }
   uint32_t to = cuda::shared_address(listed) + before * 4;
 #pragma unroll
-  for (int i = 0; i < kKeys; ++i) append_if(selected & 1u << i, to, column_of(i));
+  for (int i = 0; i < kKeys; ++i) {
+    if (i >= count) break;
+    append_if(selected & 1u << i, to, column_of(i));
+  }
   for (uint32_t i = total + threadIdx.x; i < k; i += kThreads) listed[i] = -1;
   __syncthreads();
 }

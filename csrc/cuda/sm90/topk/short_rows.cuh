@@ -21,19 +21,31 @@ struct alignas(16) ShortRowShared {
 // The first round counts the first eleven bits of scores cut to half precision: 32 bins per octave where scores mostly
 // are, so that it is mostly the only one.
 
-/// The digits of two canonical scores.
+/// The digits of all scores of a thread: those of entries i and i + kOwn / 2 in the halves of a word, so that one
+/// instruction does for both.
 struct Digits {
-  uint32_t low, high;
+  static constexpr int kPairs = kOwn / 2;
+  uint32_t pairs[kPairs];
 
-  __device__ Digits(float score, float next) {
+  __device__ static uint32_t pair(float low, float high) {
     uint32_t halves;
-    asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(next), "f"(score));
+    asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(canonical(high)), "f"(canonical(low)));
     const uint32_t signs = halves & 0x80008000u;
     halves ^= (signs - (signs >> 15)) | 0x80008000u;  // to integers that sort the same way, as keys do
-    low = halves >> (16 - kDigitBits) & (kBins - 1);
-    high = halves >> (32 - kDigitBits);
+    return halves >> (16 - kDigitBits) & (kBins - 1) * 0x10001u;
+  }
+
+  /// Bit i: the digit of entry i is `digit` or more.
+  __device__ uint32_t reaching(uint32_t digit) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) bits = bits >> 1 | ((pairs[i] + (0x8000 - digit) * 0x10001u) & 0x80008000u);
+    static_assert(kPairs == 8);  // so the bits of the low halves are byte 1, those of the high ones byte 3
+    return __byte_perm(bits, 0, 0x4431);
   }
 };
+
+constexpr uint32_t kWorstDigit = (0x7fff - 0x7c00) >> (16 - kDigitBits);  // of -inf, and of no other score
 
 /// The key of the least score from 0 up with this digit.
 __device__ inline uint32_t least_key(uint32_t digit) {
@@ -52,6 +64,40 @@ __device__ inline Bin keys_of(const Bin& digits) {
   return {negative ? ~last : first, last - first, digits.above, digits.inside};
 }
 
+/// What is chosen of this thread's entries with the digit in which rank k lies: those in `inside`. `ties` tells how many of
+/// the equal ones of all threads.
+template <class ScoreAt>
+__device__ inline Chosen choose(SelectShared& s, Histogram& bins, const Bin& found, uint32_t inside, uint32_t k,
+                                uint32_t& ties, ScoreAt score_at) {
+  Chosen chosen;
+  const uint32_t wanted = k - found.above;
+  const auto key_at = [&](int i) { return key_of(score_at(i)); };
+  if (found.inside == wanted) {
+    chosen.above = inside;
+  } else if (found.inside <= kFew) {
+    const Cut cut = cut_few(s, inside, found.inside, wanted, key_at);
+    ties = cut.ties;
+    for (; inside != 0; inside &= inside - 1) {
+      const uint32_t key = key_at(__ffs(inside) - 1), bit = inside & -inside;
+      if (key > cut.key) chosen.above |= bit;
+      if (key == cut.key) chosen.equal |= bit;
+    }
+  } else {
+    uint32_t keys[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) keys[i] = inside >> i & 1 ? key_at(i) : kNoKey;
+    const auto for_each = [&](auto f) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) f(i, keys[i]);
+    };
+    const Bin start = keys_of(found);
+    const Cut cut = find_cut(s, bins, start, shift_of(start.last), k, for_each, key_at);
+    ties = cut.ties;
+    chosen = Chosen(keys, kOwn, cut);
+  }
+  return chosen;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, kShortBlocksPerSm) short_rows_kernel(const __grid_constant__ TopkParams p) {
   extern __shared__ __align__(16) unsigned char bytes[];
@@ -63,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kShortBlocksPerSm) short_rows_kernel
   reader.start();
   row.set_window(p, index);
   clear(s.bins);
-  reader.wait();
+  reader.template wait<0>();
   __syncthreads();
 
   const int first = reader.column(0);
@@ -75,27 +121,28 @@ __global__ void __launch_bounds__(kThreads, kShortBlocksPerSm) short_rows_kernel
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) scores[i] = visible >> i & 1 ? scores[i] : kWorst;
   }
-  uint32_t keys[kOwn];
+  Digits digits;
 #pragma unroll
-  for (int i = 0; i < kOwn; i += 2) {
-    const Digits digits(canonical(scores[i]), canonical(scores[i + 1]));
-    increment(bins, digits.low);
-    increment(bins, digits.high);
-    keys[i] = key_of(scores[i]), keys[i + 1] = key_of(scores[i + 1]);
+  for (int i = 0; i < Digits::kPairs; ++i) {
+    digits.pairs[i] = Digits::pair(scores[i], scores[i + Digits::kPairs]);
+    increment(bins, digits.pairs[i] & 0xffffu);
+    increment(bins, digits.pairs[i] >> 16);
   }
-  Cut cut = kAll;
-  if (row.length() > k) {
-    const Bin found = narrow(s.shared, s.bins, {0, kBins - 1, 0, 0}, 0, k), start = keys_of(found);
-    if (found.inside > 0) {
-      const auto for_each = [&](auto f) {
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i) f(i, keys[i]);
-      };
-      const auto key_at = [&](int i) { return key_of(reader.entry(0, i)); };
-      cut = find_cut(s.shared, s.bins, start, shift_of(start.last), k, for_each, key_at);
+  Chosen chosen;
+  uint32_t ties = 0;
+  if (row.length() <= k) {
+    chosen.above = digits.reaching(kWorstDigit + 1);
+  } else {
+    const Bin found = narrow(s.shared, s.bins, {0, kBins - 1, 0, 0}, 0, k);
+    chosen.above = digits.reaching(found.low + 1);
+    if (found.low > kWorstDigit) {
+      const uint32_t inside = digits.reaching(found.low) ^ chosen.above;
+      const Chosen rest = choose(s.shared, s.bins, found, inside, k, ties, [&](int i) { return reader.entry(0, i); });
+      chosen.above |= rest.above;
+      chosen.equal = rest.equal;
     }
   }
-  list_selected(s.shared, keys, cut, k, s.result, [&](int i) { return first + i; });
+  list_chosen<kOwn>(s.shared, chosen, ties, kOwn, k, s.result, [&](int i) { return first + i; });
   write_result(p, index, s.result);
   if (p.reads != nullptr && threadIdx.x == 0) p.reads[index] = 1;
 }
