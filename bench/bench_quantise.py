@@ -1,13 +1,27 @@
-"""Quantisation and the caches, against the same steps in plain torch."""
+"""Quantisation and the caches, against the same steps in plain torch, for prefill and for decode."""
 
 import plain_torch
 import pytest
 import torch
 from case_types import LatentCase, QuantizeCase
-from harness import Baseline, cpu, gpu, sampled_rows, size_of
+from harness import Baseline, cpu, cuda_clock, gpu, sampled_rows, size_of
 from torch import Tensor
 
 from indexcache_ext import ops, reference
+
+DECODE = (64, 1)  # tokens
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.benchmark(timer=cuda_clock)
+def bench_empty_kernel(measure):
+    """What no op can be faster than."""
+
+    def op():
+        torch.cuda._sleep(0)
+        return ()
+
+    measure(op, device="cuda", check=lambda result: None)
 
 
 def assert_quantized(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -18,13 +32,25 @@ def assert_quantized(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]
     torch.testing.assert_close(got[0].double(), expected[0].double(), rtol=0.13, atol=2**-8)
 
 
-@pytest.mark.parametrize(
-    ("device", "case"),
-    cpu(QuantizeCase(tokens=2048, heads=32)) + gpu(QuantizeCase(tokens=16_384, heads=64, large=True)),
+def transform_bytes(call: dict) -> int:
+    """What RoPE and LayerNorm read: each token's position and row of the table, and the norm once."""
+    row = call["cos_sin"].size(1) * 4 + call["positions"].element_size()
+    norm = [call[name] for name in ("norm_weight", "norm_bias") if call.get(name) is not None]
+    return len(call["positions"]) * row + size_of(*norm)
+
+
+QUERIES = gpu(
+    *(QuantizeCase(tokens=tokens, heads=64, large=True) for tokens in (8192, *DECODE)),
+    QuantizeCase(tokens=8192, heads=64, interleaved=True, hadamard=True, large=True),
+    QuantizeCase(tokens=8192, heads=32, ue8m0=True, large=True),
 )
+
+
+@pytest.mark.parametrize(("device", "case"), cpu(QuantizeCase(tokens=2048, heads=32)) + QUERIES)
 def bench_quantize_index_q(measure, sized, device, case):
     call = sized(case).make(device)
     rows = sampled_rows(len(call["q"]), 64).to(device)
+    plain = not (case.interleaved or case.hadamard or case.ue8m0)
 
     def check(got):
         part = call | {name: call[name][rows] for name in ("q", "weights", "positions")}
@@ -34,15 +60,19 @@ def bench_quantize_index_q(measure, sized, device, case):
         lambda: ops.quantize_index_q(**call),
         device=device,
         check=check,
-        nbytes=size_of(call["q"], call["weights"]) * 3 // 2,
-        baseline=Baseline("torch", lambda: plain_torch.quantize_index_q(call)),
+        nbytes=size_of(call["q"]) + call["q"].numel() + 2 * size_of(call["weights"]) + transform_bytes(call),
+        baseline=Baseline("torch", lambda: plain_torch.quantize_index_q(call)) if plain else None,
     )
 
 
-@pytest.mark.parametrize(
-    ("device", "case"),
-    cpu(QuantizeCase(tokens=65_536, norm="bias")) + gpu(QuantizeCase(tokens=1 << 20, norm="bias", large=True)),
+KEYS = gpu(
+    *(QuantizeCase(tokens=tokens, norm="bias", pages=2 * tokens, large=True) for tokens in (8192, *DECODE)),
+    QuantizeCase(tokens=8192, norm="bias", interleaved=True, hadamard=True, ue8m0=True, pages=2 * 8192, large=True),
 )
+MANY_KEYS = gpu(QuantizeCase(tokens=1 << 20, norm="bias", pages=1 << 14, large=True))
+
+
+@pytest.mark.parametrize(("device", "case"), cpu(QuantizeCase(tokens=65_536, norm="bias")) + KEYS + MANY_KEYS)
 def bench_quantize_index_k(measure, sized, device, case):
     call = sized(case).make(device)
     rows = sampled_rows(len(call["k"]), 256).to(device)
@@ -55,20 +85,66 @@ def bench_quantize_index_k(measure, sized, device, case):
         lambda: ops.quantize_index_k(**call),
         device=device,
         check=check,
-        nbytes=size_of(call["k"]) + call["k"].numel() + 4 * len(call["k"]),
-        baseline=Baseline("torch", lambda: plain_torch.quantize_index_k(call)),
+        nbytes=size_of(call["k"]) + call["k"].numel() + 4 * len(call["k"]) + transform_bytes(call),
+        baseline=None if case.hadamard else Baseline("torch", lambda: plain_torch.quantize_index_k(call)),
+    )
+
+
+def distinct_slots(rows: int, cache: Tensor) -> Tensor:
+    """int32 [rows] in random order, all inside the cache."""
+    return torch.randperm(cache.size(0) * cache.size(1), device=cache.device)[:rows].int()
+
+
+@pytest.mark.parametrize(("device", "case"), KEYS + MANY_KEYS)
+def bench_store_index_k(measure, sized, device, case):
+    case = sized(case)
+    call, cache = case.make(device), case.cache(device)["index_k_cache"]
+    slots = distinct_slots(len(call["k"]), cache)
+
+    def op():
+        ops.store_index_k(**call, slots=slots, index_k_cache=cache)
+        return cache
+
+    def check(got):
+        kept, quantized = ops.gather_index_k(got, slots), ops.quantize_index_k(**call)
+        assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(kept, quantized, strict=True))
+
+    measure(
+        op,
+        device=device,
+        check=check,
+        nbytes=size_of(call["k"], slots) + call["k"].numel() + 4 * len(call["k"]) + transform_bytes(call),
+    )
+
+
+@pytest.mark.parametrize(("device", "case"), KEYS[:-1] + MANY_KEYS)
+def bench_gather_index_k(measure, sized, device, case):
+    case = sized(case)
+    call, cache = case.make(device), case.cache(device)["index_k_cache"]
+    slots = distinct_slots(len(call["k"]), cache)
+    ops.store_index_k(**call, slots=slots, index_k_cache=cache)
+
+    def check(got):
+        expected = reference.gather_index_k(cache, slots)
+        assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(got, expected, strict=True))
+
+    measure(
+        lambda: ops.gather_index_k(cache, slots),
+        device=device,
+        check=check,
+        nbytes=2 * (call["k"].numel() + 4 * len(slots)) + size_of(slots),
     )
 
 
 def stored(case: LatentCase, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, their slots, all inside the cache, and the cache."""
     call = case.make(device)
-    cache = call["kv_cache"]
-    slots = torch.randperm(cache.size(0) * cache.size(1), device=device)[: len(call["kv"])].int()
-    return call["kv"], slots, cache
+    return call["kv"], distinct_slots(len(call["kv"]), call["kv_cache"]), call["kv_cache"]
 
 
-LATENTS = cpu(LatentCase(tokens=16_384, pages=512)) + gpu(LatentCase(tokens=131_072, pages=4096, large=True))
+LATENTS = cpu(LatentCase(tokens=16_384, pages=512)) + gpu(
+    *(LatentCase(tokens=tokens, pages=4096, large=True) for tokens in (131_072, 8192, *DECODE))
+)
 
 
 @pytest.mark.parametrize(("device", "case"), LATENTS)

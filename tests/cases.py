@@ -33,11 +33,14 @@ QUANTIZE_Q = (
     QuantizeCase(heads=8, values="outliers", hadamard=True, dtype=torch.float32),
     QuantizeCase(heads=4, positions="extreme", int_dtype=torch.int64),
     QuantizeCase(heads=4, positions="extreme", interleaved=True, dtype=torch.float32),
+    QuantizeCase(heads=70, tokens=5, rot=0, hadamard=True),
+    QuantizeCase(heads=5, dim=64, rot=32, interleaved=True, hadamard=True),
     QuantizeCase(heads=5, dim=64, rot=2, hadamard=True),
     QuantizeCase(heads=5, dim=7, rot=6, dtype=torch.float32),
     QuantizeCase(heads=2, dim=1, rot=0, hadamard=True),
     QuantizeCase(heads=2, dim=256, rot=64, hadamard=True, interleaved=True),
     QuantizeCase(heads=4, tokens=0),
+    QuantizeCase(heads=70, tokens=2100, hadamard=True, large=True),
     QuantizeCase(heads=2, tokens=70_000, large=True),
 )
 
@@ -55,6 +58,7 @@ QUANTIZE_K = (
     QuantizeCase(tokens=200, values="magnitudes", dtype=torch.float32, pages=4, page_extra=64),
     QuantizeCase(values="nonfinite", rot=0, hadamard=True),
     QuantizeCase(dim=64, rot=32, norm="bias", hadamard=True),
+    QuantizeCase(dim=64, rot=32, interleaved=True, dtype=torch.float32),
     QuantizeCase(dim=7, rot=4, dtype=torch.float32, norm="weight", page_extra=1),
     QuantizeCase(dim=256, norm="bias", interleaved=True),
     QuantizeCase(tokens=0),

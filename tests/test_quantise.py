@@ -75,6 +75,28 @@ def test_index_k_depends_on_its_row_only(device: str, case: QuantizeCase) -> Non
         assert_rows_stand_alone("quantize_index_k", arguments, K_ROWS, expected)
 
 
+@pytest.mark.cases("quantize_index_q")
+def test_index_q_does_not_depend_on_alignment(device: str, case: QuantizeCase) -> None:
+    """CUDA takes a vector in registers or, wherever it lies, in shared memory: the bits are the same."""
+    arguments = case.make(device)
+    moved = arguments | {"q": one_element_on(arguments["q"])}
+    for actual, expected in zip(run("quantize_index_q", moved), run("quantize_index_q", arguments), strict=True):
+        assert_same_bits(actual, expected)
+
+
+@pytest.mark.cases("quantize_index_k")
+def test_index_k_does_not_depend_on_alignment(device: str, case: QuantizeCase) -> None:
+    """As above, but for LayerNorm, whose sums may be in another order."""
+    arguments = case.make(device)
+    moved = arguments | {"k": one_element_on(arguments["k"])}
+    k8, k_scale = run("quantize_index_k", moved)
+    if case.norm == "none":
+        for actual, expected in zip((k8, k_scale), run("quantize_index_k", arguments), strict=True):
+            assert_same_bits(actual, expected)
+    else:
+        assert_quantized(k8, k_scale, vector_of(case, arguments), ue8m0=case.ue8m0)
+
+
 @pytest.mark.cases("store_index_k", large=True)
 def test_stored_index_k_is_the_quantised_one(device: str, case: QuantizeCase) -> None:
     arguments, place = case.make(device), case.cache(device)
@@ -154,6 +176,12 @@ def test_scale_floor_and_powers_of_two(device: str) -> None:
         exact = amax.double().clamp(min=1e-4) / 448
         expected = 2.0 ** exact.log2().ceil() if ue8m0 else exact
         torch.testing.assert_close(scale.double(), expected, rtol=0 if ue8m0 else 2e-7, atol=0)
+
+
+def one_element_on(x: torch.Tensor) -> torch.Tensor:
+    """The same values, one element past where an allocation starts."""
+    buffer = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return buffer[1:].view(x.shape).copy_(x)
 
 
 def assert_nothing_between_pages(cache: torch.Tensor, extra: int) -> None:

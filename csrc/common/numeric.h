@@ -81,10 +81,22 @@ static INDEXCACHE_HOST_DEVICE inline uint8_t float_to_e4m3(float x) {
   return static_cast<uint8_t>(sign | (magnitude > 0x7f800000u ? kE4m3Nan : saturated));
 }
 
+/// x / 448 for x >= 1e-4.
+static INDEXCACHE_HOST_DEVICE inline float over_e4m3_max(float x) {
+#if defined(__CUDA_ARCH__)
+  // The same bits for every such x (all were compared); a division has a slow path, which costs registers.
+  constexpr float kInverse = 1.0f / kE4m3Max;
+  const float estimate = __fmul_rn(x, kInverse);
+  return __fmaf_rn(__fmaf_rn(estimate, -kE4m3Max, x), kInverse, estimate);
+#else
+  return x / kE4m3Max;
+#endif
+}
+
 /// The scale that maps a vector of this largest magnitude onto e4m3; `ue8m0` rounds it up to a power of two.
 /// Callers handle a magnitude that is not finite.
 static INDEXCACHE_HOST_DEVICE inline float e4m3_scale(float amax, bool ue8m0) {
-  const float scale = (amax > 1e-4f ? amax : 1e-4f) / kE4m3Max;
+  const float scale = over_e4m3_max(amax > 1e-4f ? amax : 1e-4f);
   return ue8m0 ? bits_float((float_bits(scale) + 0x7fffffu) & 0x7f800000u) : scale;
 }
 

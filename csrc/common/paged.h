@@ -11,14 +11,23 @@ static INDEXCACHE_HOST_DEVICE inline bool holds(const PagedCache& cache, int64_t
   return slot >= 0 && slot < cache.pages * cache.page_size;
 }
 
+/// Where a slot that the cache holds lies. The op entries bound the number of slots by 2^31 - 1, and a division of 64
+/// bits is a call on a GPU.
+static INDEXCACHE_HOST_DEVICE inline int64_t page_number(const PagedCache& cache, int64_t slot) {
+  return static_cast<uint32_t>(slot) / static_cast<uint32_t>(cache.page_size);
+}
+static INDEXCACHE_HOST_DEVICE inline int64_t page_offset(const PagedCache& cache, int64_t slot) {
+  return static_cast<uint32_t>(slot) % static_cast<uint32_t>(cache.page_size);
+}
+
 /// The page of a slot that the cache holds.
 static INDEXCACHE_HOST_DEVICE inline uint8_t* page_of(const PagedCache& cache, int64_t slot) {
-  return cache.data + slot / cache.page_size * cache.page_stride;
+  return cache.data + page_number(cache, slot) * cache.page_stride;
 }
 
 /// The row of a slot that the cache holds, for a cache whose pages are dense rows of `row_bytes`.
 static INDEXCACHE_HOST_DEVICE inline uint8_t* row_of(const PagedCache& cache, int64_t slot, int64_t row_bytes) {
-  return page_of(cache, slot) + slot % cache.page_size * row_bytes;
+  return page_of(cache, slot) + page_offset(cache, slot) * row_bytes;
 }
 
 /// The slot of `position` in the request of row `row`, or -1 where the table names none that an int32 holds.
