@@ -1,7 +1,10 @@
 """Index scores and the fused selection, dense and paged.
 
-`indexer_topk` is held against torch.mm f32 by FLOP rate on the CPU; the others against the same scores in plain torch.
+By FLOP rate, `indexer_topk` is held against torch.mm f32 on the CPU and dense scores against torch._scaled_mm e4m3 on a
+GPU; the others against the same scores in plain torch.
 """
+
+from collections.abc import Callable
 
 import plain_torch
 import pytest
@@ -19,20 +22,55 @@ PREFILL = tuple(
     for tokens, keys in ((4096, 65_536), (4096, 131_072), (64, 131_072))
 )
 CPU_DECODE = PagedIndexerCase(lengths=(16_384,) * 4, heads=32, max_context_len=16_384, table_pages=256, topk=2048)
-DECODE = tuple(
-    PagedIndexerCase(
-        lengths=(length,) * batch, heads=64, max_context_len=length, table_pages=length // 64, topk=2048, large=True
+
+
+def decode(batch: int, length: int, queries: int = 1) -> PagedIndexerCase:
+    return PagedIndexerCase(
+        lengths=(length,) * batch,
+        queries=queries,
+        heads=64,
+        max_context_len=length,
+        table_pages=length // 64,
+        topk=2048,
+        large=True,
     )
-    for batch, length in ((64, 65_536), (8, 32_768), (1, 131_072))
-)
+
+
+DECODE = decode(64, 65_536), decode(8, 32_768), decode(1, 131_072), decode(128, 8192)
+TWO_QUERIES = decode(64, 65_536, queries=2), decode(128, 8192, queries=2)
+
+
+def e4m3_product() -> tuple[Callable[[], Tensor], float]:
+    """torch._scaled_mm at the size that the roof R8 is measured with, and its FLOPs."""
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    product = lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)  # noqa: E731
+    return product, 2 * n**3
+
+
+def prefill_mark(case: IndexerCase) -> float:
+    """Share of the rate of torch._scaled_mm."""
+    return 0.8 if case.tokens == 64 else 0.95 if case.heads == 64 else 0.9
+
+
+def decode_mark(case: PagedIndexerCase, nbytes: int, bandwidth: float) -> float | None:
+    """Microseconds for `nbytes`; 0.95 of the bandwidth of a copy for the largest call."""
+    marks = {decode(1, 131_072): 8, decode(8, 32_768): 12, decode(128, 8192): 38}
+    return nbytes / (0.95 * bandwidth) * 1e6 if case == DECODE[0] else marks.get(case)
+
+
+def rounding(scores: Tensor) -> float:
+    """What sums may be off by, relative to their terms: f32, and on tensor cores less than that."""
+    return 2.5e-4 if scores.is_cuda else 1e-5
 
 
 def expected_scores(call: dict, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """fp64 scores of a few queries, and the rounding that f32 sums of their terms may show."""
+    """fp64 scores of a few queries, and the rounding that sums of their terms may show."""
     rows = rows.to(call["q"].device)
     part = call | {name: call[name][rows] for name in ("q", "weights", "starts", "ends")}
     size = reference.indexer_logits(**part | {"weights": part["weights"].abs()})
-    return reference.indexer_logits(**part), 1e-5 * size.amax(-1, keepdim=True)
+    return reference.indexer_logits(**part), rounding(size) * size.amax(-1, keepdim=True)
 
 
 def paged_scores(call: dict, columns: int) -> tuple[Tensor, Tensor]:
@@ -40,8 +78,8 @@ def paged_scores(call: dict, columns: int) -> tuple[Tensor, Tensor]:
     last = len(call["q"]) - 1
     part = call | {name: call[name][[0, last]] for name in ("q", "weights", "context_lens", "block_table")}
     size = reference.indexer_logits_paged(**part | {"weights": part["weights"].abs()}, max_context_len=columns)
-    scores = reference.indexer_logits_paged(**part, max_context_len=columns)
-    return scores.flatten(0, 1), 1e-5 * size.flatten(0, 1).amax(-1, keepdim=True)
+    scores = reference.indexer_logits_paged(**part, max_context_len=columns).flatten(0, 1)
+    return scores, rounding(size) * size.flatten(0, 1).amax(-1, keepdim=True)
 
 
 def assert_scores(got: Tensor, scores: Tensor, tolerance: Tensor) -> None:
@@ -59,6 +97,11 @@ def work(call: dict) -> float:
 def bench_indexer_logits(measure, sized, device, case):
     call = sized(case).make(device)
     rows = sampled_rows(len(call["q"]))
+    if device == "cpu":
+        baseline, mark = (Baseline("torch mm, relu, sum", lambda: plain_torch.indexer_logits(**call)), None)
+    else:
+        product, product_flops = e4m3_product()
+        baseline, mark = (Baseline("torch._scaled_mm e4m3 (FLOP rate)", product, product_flops), prefill_mark(case))
     measure(
         lambda: ops.indexer_logits(**call),
         device=device,
@@ -66,7 +109,8 @@ def bench_indexer_logits(measure, sized, device, case):
         roof="F32" if device == "cpu" else "R8",
         flops=work(call),
         nbytes=size_of(*call.values()) + 4 * len(call["q"]) * len(call["k"]),
-        baseline=Baseline("torch mm, relu, sum", lambda: plain_torch.indexer_logits(**call)),
+        baseline=baseline,
+        mark=mark,
     )
 
 
@@ -77,7 +121,7 @@ def bench_indexer_topk(measure, sized, device, case):
     rows = sampled_rows(len(call["q"]))
     if device == "cpu":
         product, product_flops = f32_product()
-        baseline, mark = Baseline("torch.mm f32 (FLOP rate)", product, product_flops), 0.7
+        baseline, mark = (Baseline("torch.mm f32 (FLOP rate)", product, product_flops), 0.7)
     else:
         plain, mark = lambda: plain_torch.indexer_logits(**call).topk(case.topk), None
         baseline = Baseline("torch mm, relu, sum, topk", plain)
@@ -104,18 +148,36 @@ def paged_call(case: PagedIndexerCase, device: str) -> tuple[dict, int, float, i
     return call, columns, flops, nbytes
 
 
-@pytest.mark.parametrize(("device", "case"), cpu(CPU_DECODE) + gpu(*DECODE))
-def bench_indexer_logits_paged(measure, sized, device, case):
+@pytest.fixture(scope="module")
+def one_query():
+    """Seconds of the calls with one query per request, by number of requests: those with two come later."""
+    return {}
+
+
+@pytest.mark.parametrize(("device", "case"), cpu(CPU_DECODE) + gpu(*DECODE, *TWO_QUERIES))
+def bench_indexer_logits_paged(measure, sized, one_query, device, case):
     call, columns, flops, nbytes = paged_call(sized(case), device)
-    measure(
+    nbytes += 4 * call["context_lens"].numel() * columns
+    batch, queries = call["context_lens"].shape
+    mark_us = None
+    if device == "cuda":
+        mark_us = decode_mark(case, nbytes, measure.roofs(device)["BW"])
+        mark_us = 1.1e6 * one_query[batch] if queries == 2 and batch in one_query else mark_us
+    small = batch <= 8  # of the others the baseline would take most of a run
+    info = measure(
         lambda: ops.indexer_logits_paged(**call, max_context_len=columns),
         device=device,
         check=lambda got: assert_scores(got[[0, len(got) - 1]].flatten(0, 1), *paged_scores(call, columns)),
         roof="F32" if device == "cpu" else "R8",
         flops=flops,
-        nbytes=nbytes + 4 * call["context_lens"].numel() * columns,
-        baseline=Baseline("torch mm, relu, sum", lambda: plain_torch.indexer_logits_paged(call, columns)),
+        nbytes=nbytes,
+        baseline=Baseline("torch mm, relu, sum", lambda: plain_torch.indexer_logits_paged(call, columns))
+        if small
+        else None,
+        mark_us=mark_us,
     )
+    if info and queries == 1:
+        one_query[batch] = info["seconds"]
 
 
 @pytest.mark.parametrize(("device", "case"), cpu(CPU_DECODE) + gpu(*DECODE))

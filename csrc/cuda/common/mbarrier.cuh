@@ -22,35 +22,40 @@ __device__ inline void publish_barriers() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ inline void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+/// By shared_address(), as all below that take an address: a loop may keep it where the compiler would compute it anew.
+__device__ inline void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+__device__ inline void arrive(uint64_t* barrier) { arrive(shared_address(barrier)); }
 
 __device__ inline void arrive_expecting(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
-__device__ inline bool phase_ended(uint64_t* barrier, uint32_t parity) {
+__device__ inline bool phase_ended(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
   asm volatile(
       "{\n  .reg .pred p;\n"
       "  mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "  selp.u32 %0, 1, 0, p;\n}"
       : "=r"(ended)
-      : "r"(shared_address(barrier)), "r"(parity)
+      : "r"(barrier), "r"(parity)
       : "memory");
   return ended != 0;
 }
+__device__ inline bool phase_ended(uint64_t* barrier, uint32_t parity) {
+  return phase_ended(shared_address(barrier), parity);
+}
 
 /// With INDEXCACHE_HANG_CYCLES a wait that takes longer names itself and ends the kernel with an error.
-__device__ inline void wait(uint64_t* barrier, uint32_t parity) {
+__device__ inline void wait(uint32_t barrier, uint32_t parity) {
 #ifdef INDEXCACHE_HANG_CYCLES
   const long long start = clock64();
   while (!phase_ended(barrier, parity)) {
     if (clock64() - start < INDEXCACHE_HANG_CYCLES) continue;
     printf("block %d thread %d hangs at the barrier at %u, parity %u\n", static_cast<int>(blockIdx.x),
-           static_cast<int>(threadIdx.x), shared_address(barrier), parity);
+           static_cast<int>(threadIdx.x), barrier, parity);
     __trap();
   }
 #else
@@ -58,5 +63,6 @@ __device__ inline void wait(uint64_t* barrier, uint32_t parity) {
   }
 #endif
 }
+__device__ inline void wait(uint64_t* barrier, uint32_t parity) { wait(shared_address(barrier), parity); }
 
 }  // namespace indexcache::cuda

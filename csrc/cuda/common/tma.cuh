@@ -10,9 +10,23 @@
 
 namespace indexcache::cuda {
 
+/// True in one lane of a warp whose lanes all call it, always the same one. The compiler knows that it is one: a copy
+/// that it issues takes uniform registers as they are, where `lane == 0` costs a loop over the lanes per copy.
+__device__ inline bool elect() {
+  uint32_t chosen;
+  asm volatile(
+      "{\n  .reg .pred p;\n"
+      "  elect.sync _|p, 0xffffffff;\n"
+      "  selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(chosen));
+  return chosen != 0;
+}
+
 __device__ inline void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+
+__device__ inline void prefetch_l2(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 
 /// Both addresses and the size are multiples of 16 bytes.
 __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
@@ -25,14 +39,6 @@ __device__ inline void copy_bulk(void* to, const void* from, int bytes, uint64_t
   copy_bulk(shared_address(to), from, bytes, barrier);
 }
 
-__device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2}], [%3];" ::"r"(
-          shared_address(to)),
-      "l"(map), "r"(x), "r"(shared_address(barrier))
-      : "memory");
-}
-
 __device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
@@ -41,11 +47,24 @@ __device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y,
       : "memory");
 }
 
-__device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y, int z, uint64_t* barrier) {
+/// What the L2 cache does with a line: let it go before others, which suits data that is read once; or as usual.
+__device__ inline uint64_t evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline uint64_t evict_normal() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y, int z, uint64_t* barrier,
+                                 uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
-          "r"(shared_address(to)),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
 

@@ -27,15 +27,16 @@ __device__ inline void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-/// Describes a K-major operand whose rows are `kRowBytes` long, swizzled over that length. PTX ISA, "Matrix
-/// Descriptor": address / 16 in bits 0-13; leading offset (unused when a row is one swizzle span) in 16-29; distance of
-/// 8-row groups / 16 in 32-45; swizzle in 62-63 (1: 128 bytes, 2: 64 bytes). Step s of K adds s * 32 bytes.
+/// Describes a K-major operand at a shared_address(), whose rows are `kRowBytes` long and swizzled over that length.
+/// PTX ISA, "Matrix Descriptor": address / 16 in bits 0-13; leading offset (unused when a row is one swizzle span) in
+/// 16-29; distance of 8-row groups / 16 in 32-45; swizzle in 62-63 (1: 128 bytes, 2: 64 bytes). Step s of K adds s * 32
+/// bytes.
 template <int kRowBytes>
-__device__ inline uint64_t operand(const void* tile) {
+__device__ inline uint64_t operand(uint32_t tile) {
   static_assert(kRowBytes == 128 || kRowBytes == 64);
   constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
   constexpr uint64_t kGroup = 8 * kRowBytes / 16;
-  return kSwizzle << 62 | kGroup << 32 | uint64_t{1} << 16 | (shared_address(tile) & 0x3ffff) >> 4;
+  return kSwizzle << 62 | kGroup << 32 | uint64_t{1} << 16 | (tile & 0x3ffff) >> 4;
 }
 inline constexpr uint64_t kOperandStep = kWgmmaStep / 16;
 

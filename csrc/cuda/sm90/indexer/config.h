@@ -4,10 +4,10 @@
 // of two keys that belong to its quarter of the heads, and the head sum is in-thread but for two shuffles.
 //
 // Roles of a block (one per SM):
-//   warpgroup 0, warp 0    producer: finds units of work and copies queries, keys and scales (TMA)
+//   warpgroup 0, warp 0    producer: finds units of work and copies queries and keys (TMA)
 //   warpgroup 0, warps 1-3 write -inf where no query of a unit sees anything
 //   warpgroups 1, 2        math: they take tiles in turn, so that one multiplies while the other sums heads
-// At 64 x 256 a tile is 512 tensor cycles and about 370 issue slots of the other warpgroup's epilogue.
+// docs/indexer.md says what a tile costs.
 #pragma once
 
 #include <cstdint>
@@ -36,12 +36,16 @@ struct Tile {
   static constexpr int kDim = dim;
   static constexpr int kColumns = heads * queries;  // N of wgmma
   static constexpr int kKeyBytes = kTileKeys * dim;
-  static constexpr int kScaleBytes = kTileKeys * 4;
+  static constexpr int kPageBytes = kTileKeys * (dim + 4);  // of the cache: keys, then their scales
   static constexpr int kQueryBytes = kColumns * dim;
+  // A page and its scales arrive as one tile, in rows of `dim` bytes; a stage is whole groups of eight swizzled rows.
+  static constexpr int kPageRows = kPageBytes / dim;
+  static constexpr int kStageBytes = (kPageRows + 7) / 8 * 8 * dim;
   // 16 x 8.25 KiB in flight are 17 MiB on 132 SMs: four times what the memory's latency needs, and 8,000 cycles of
   // work at 64 x 256, which hide the start of the next unit.
   static constexpr int kStages = 16;
   static constexpr int kUnitStages = kColumns <= 128 ? 4 : 2;
+  static_assert(kStages % kMathWarpgroups == 0, "a stage belongs to one math warpgroup");
   static_assert(kColumns <= 256 && kColumns % 32 == 0);
   static_assert(dim == 128 || dim == 64, "a row is one swizzle span");
 };
@@ -58,15 +62,14 @@ struct Unit {
   int queries;    // up to T::kQueries
   int first_key;  // column of the first tile's first key
   int tiles;      // 0: no more units
-  int clear_begin, clear_end;  // a tile within is stored without looking at windows
+  int clear_begin, clear_end;  // tiles [begin, end) are stored without looking at windows
   Window windows[T::kQueries];
 };
 
 template <class T>
 struct Shared {
-  alignas(1024) uint8_t keys[T::kStages][T::kKeyBytes];  // 1,024: eight swizzled rows
+  alignas(1024) uint8_t keys[T::kStages][T::kStageBytes];  // 1,024: eight swizzled rows
   alignas(1024) uint8_t queries[T::kUnitStages][T::kQueryBytes];
-  alignas(128) float scales[T::kStages][kTileKeys];
   alignas(128) float weights[T::kUnitStages][T::kColumns];
   Unit<T> units[T::kUnitStages];
   int hole[T::kStages];  // the block table names no page for the tile
@@ -93,6 +96,9 @@ constexpr int64_t unit_tiles(int64_t query_blocks, int64_t tiles, int sms) {
   }
   return best;
 }
+
+/// Pages of a paged call that are more than this do not stay in the L2 cache (50 MB on an H100, 60 on an H200).
+inline constexpr int64_t kCachedBytes = int64_t{48} << 20;
 
 /// Columns of -inf that a warp writes at a time in a paged call.
 inline constexpr int64_t kFillColumns = 4096;

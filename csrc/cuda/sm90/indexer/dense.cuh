@@ -12,7 +12,6 @@ struct DenseCall {
   IndexerLogitsParams p;
   CUtensorMap queries;  // e4m3 [queries * heads, dim] in tiles of kColumns rows
   CUtensorMap keys;     // e4m3 [keys, dim] in tiles of kTileKeys rows
-  CUtensorMap scales;   // f32 [keys] in tiles of kTileKeys
   int query_blocks;  // of kQueries
   int units;         // query_blocks for every chunk of keys
   int chunk_tiles;
@@ -22,7 +21,7 @@ struct DenseCall {
 struct Visible {
   int chunk_begin, chunk_end;  // columns
   int first_tile, end_tile;    // those of the chunk that hold a column that any query sees
-  int clear_begin, clear_end;  // as in Unit
+  int clear_begin, clear_end;  // as in Unit, of first_tile on
   Window window;
 };
 
@@ -44,16 +43,32 @@ __device__ Visible visible(const DenseCall& call, int unit) {
   v.first_tile = begin < end ? begin / kTileKeys : chunk;
   v.end_tile = begin < end ? static_cast<int>(ceil_div(end, kTileKeys)) : v.first_tile;
   const bool present = Share<T>::kOneQuery ? exists : cuda::lane_id() < T::kQueries;
-  v.clear_begin = __reduce_max_sync(cuda::kFullMask, present ? (empty ? INT_MAX : v.window.begin) : 0);
-  v.clear_end = __reduce_min_sync(cuda::kFullMask, present ? (empty ? 0 : v.window.end) : INT_MAX);
+  const int clear_begin = __reduce_max_sync(cuda::kFullMask, present ? (empty ? INT_MAX : v.window.begin) : 0);
+  const int clear_end = __reduce_min_sync(cuda::kFullMask, present ? (empty ? 0 : v.window.end) : INT_MAX);
+  v.clear_begin = clear_begin / kTileKeys + (clear_begin % kTileKeys != 0) - v.first_tile;
+  v.clear_end = max(v.clear_begin, clear_end / kTileKeys - v.first_tile);
   return v;
 }
 
-/// One warp; its first lane copies.
+/// The scales of a tile come straight from global memory, a tile ahead of their use, so that they need no alignment.
+struct DenseKeys {
+  struct Scale {
+    float of_row[2];
+    __device__ static bool hole() { return false; }
+  };
+  const float* scales;
+  int last;  // key
+
+  template <class T>
+  __device__ Scale scale(const Shared<T>&, int, int first, int row) const {
+    return {__ldg(scales + min(first + row, last)), __ldg(scales + min(first + row + 8, last))};
+  }
+};
+
+/// One warp.
 template <class T>
 __device__ void produce_dense(Shared<T>& shared, const DenseCall& call) {
   const auto& p = call.p;
-  const bool first_lane = cuda::lane_id() == 0;
   Ring<T::kUnitStages> units;
   Ring<T::kStages> keys;
   for (int i = blockIdx.x; i < call.units; i += gridDim.x) {
@@ -66,37 +81,31 @@ __device__ void produce_dense(Shared<T>& shared, const DenseCall& call) {
     cuda::wait(&shared.unit_empty[stage], units.parity() ^ 1);
     Unit<T>& unit = shared.units[stage];
     if (cuda::lane_id() < T::kQueries) unit.windows[cuda::lane_id()] = v.window;
-    if (first_lane) {
+    __syncwarp();
+    if (cuda::elect()) {
       unit.row = query;
       unit.queries = queries;
       unit.first_key = v.first_tile * kTileKeys;
       unit.tiles = tiles;
       unit.clear_begin = v.clear_begin;
       unit.clear_end = v.clear_end;
-    }
-    __syncwarp();
-    if (first_lane) {
       const int weight_bytes = queries * T::kHeads * 4;
       cuda::arrive_expecting(&shared.unit_full[stage], T::kQueryBytes + weight_bytes);
-      cuda::copy_tile(shared.queries[stage], &call.queries, 0, query * T::kHeads,
+      cuda::copy_tile(shared.queries[stage], &call.queries, 0, query * T::kHeads, &shared.unit_full[stage]);
+      cuda::copy_bulk(shared.weights[stage], p.weights + int64_t{query} * T::kHeads, weight_bytes,
                       &shared.unit_full[stage]);
-      cuda::copy_bulk(shared.weights[stage], p.weights + int64_t{query} * T::kHeads, weight_bytes, &shared.unit_full[stage]);
-      for (int tile = v.first_tile; tile < v.end_tile; ++tile, ++keys.count) {
-        const int slot = keys.stage();
-        cuda::wait(&shared.key_empty[slot], keys.parity() ^ 1);
-        cuda::arrive_expecting(&shared.key_full[slot], T::kKeyBytes + T::kScaleBytes);
-        cuda::copy_tile(shared.keys[slot], &call.keys, 0, tile * kTileKeys, &shared.key_full[slot]);
-        cuda::copy_tile(shared.scales[slot], &call.scales, tile * kTileKeys, &shared.key_full[slot]);
+      Ring<T::kStages> slot = keys;
+      for (int tile = v.first_tile; tile < v.end_tile; ++tile, ++slot.count) {
+        cuda::wait(&shared.key_empty[slot.stage()], slot.parity() ^ 1);
+        cuda::arrive_expecting(&shared.key_full[slot.stage()], T::kKeyBytes);
+        cuda::copy_tile(shared.keys[slot.stage()], &call.keys, 0, tile * kTileKeys, &shared.key_full[slot.stage()]);
       }
     }
     __syncwarp();
+    keys.count += tiles;
     ++units.count;
   }
-  cuda::wait(&shared.unit_empty[units.stage()], units.parity() ^ 1);
-  if (first_lane) {
-    shared.units[units.stage()].tiles = 0;
-    cuda::arrive(&shared.unit_full[units.stage()]);
-  }
+  end_units(shared, units);
 }
 
 /// -inf in the tiles of a unit that no query sees. Warp `warp` of kFillWarps takes whole units.
@@ -121,10 +130,8 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
   if (threadIdx.x == 0) {
     cuda::prefetch_tensor_map(&call.queries);
     cuda::prefetch_tensor_map(&call.keys);
-    cuda::prefetch_tensor_map(&call.scales);
     init_barriers(shared);
   }
-  if (threadIdx.x < T::kStages) shared.hole[threadIdx.x] = 0;
   __syncthreads();
   // The shuffle tells the compiler that these are the same in all lanes.
   const int warp = __shfl_sync(cuda::kFullMask, cuda::warp_id(), 0), warpgroup = warp / 4;
@@ -137,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
     }
   } else {
     cuda::take_registers<kMathRegisters>();
-    run_math(shared, {call.p.logits, call.p.logits_stride, static_cast<int>(call.p.keys)}, warpgroup - 1);
+    const int keys = static_cast<int>(call.p.keys);
+    run_math(shared, {call.p.logits, call.p.logits_stride, keys}, DenseKeys{call.p.k_scale, keys - 1}, warpgroup - 1);
   }
 }
 

@@ -1,7 +1,7 @@
 // From a tile of dot products to scores: relu, weights, the sum over heads, the scale of the key, the store.
 //
-// The sum over heads has one order everywhere: each lane of a quad sums its heads (8j + 2l, 8j + 2l + 1, j rising), then
-// lanes 0+1 and 2+3, then the two sums. So a score has the same bits in every tile, split and cache layout.
+// The sum over heads has one order everywhere: each lane l of a quad sums its heads (8j + 2l, 8j + 2l + 1, j rising),
+// then lanes 0+1 and 2+3, then the two sums. So a score has the same bits in every tile, split and cache layout.
 #pragma once
 
 #include "csrc/cuda/common/warp.cuh"
@@ -58,21 +58,32 @@ struct Share {
   __device__ static bool stores() { return kSecondHalving || (cuda::lane_id() & 2) == 0; }
 };
 
+/// Sums of this lane's heads: sums[2 * query + row]. The two rows of a weight stay neighbours, so that it is read once.
 template <class T>
-__device__ void sum_heads(const float (&dots)[T::kColumns / 2], const float (&weights)[T::kColumns / 4],
-                          float (&scores)[Share<T>::kCount]) {
-  constexpr int kSums = Share<T>::kSums, kGroups = T::kHeads / 8;
-  float sums[kSums] = {};
+__device__ void sum_own_heads(const float (&dots)[T::kColumns / 2], const float (&weights)[T::kColumns / 4],
+                              float (&sums)[Share<T>::kSums]) {
+  constexpr int kGroups = T::kHeads / 8;
+#pragma unroll
+  for (int s = 0; s < Share<T>::kSums; ++s) sums[s] = 0;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
-    for (int s = 0; s < 2 * kSums; ++s) {
-      const int c = s / kSums, query = s % kSums / 2, row = s % 2;
+    for (int query = 0; query < T::kQueries; ++query) {
       const int group = query * kGroups + j;
-      sums[2 * query + row] =
-          fmaf(weights[2 * group + c], relu(dots[4 * group + 2 * row + c]), sums[2 * query + row]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = i / 2, row = i % 2;
+        float& sum = sums[2 * query + row];
+        sum = fmaf(weights[2 * group + c], relu(dots[4 * group + 2 * row + c]), sum);
+      }
     }
   }
+}
+
+/// Adds up the sums of a quad's lanes; this lane gets its share.
+template <class T>
+__device__ void sum_quad(const float (&sums)[Share<T>::kSums], float (&scores)[Share<T>::kCount]) {
+  constexpr int kSums = Share<T>::kSums;
   const int low = cuda::lane_id() & 1, high = cuda::lane_id() & 2;
   float halves[kSums / 2];
 #pragma unroll

@@ -14,8 +14,8 @@ namespace {
 
 using namespace indexer;
 
-/// The copy engine wants addresses and strides of 16 bytes. Slices that are not go to the generic kernel, whose sums may
-/// differ in the last bits.
+/// The copy engine wants addresses and strides of 16 bytes. Any slice of rows has them, as a row is at least 64 bytes,
+/// or 32 of weights. What has not goes to the generic kernel, whose sums differ in the last bits.
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 template <int dim>
@@ -44,13 +44,6 @@ void run_dense(const IndexerLogitsParams& p, Stream stream) {
   const DenseCall call{.p = p,
                        .queries = rows_map<dim>(op, p.q, p.queries * heads, T::kColumns),
                        .keys = rows_map<dim>(op, p.k, p.keys, kTileKeys),
-                       .scales = cuda::tensor_map(op, {.type = CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                                                       .data = p.k_scale,
-                                                       .rank = 1,
-                                                       .sizes = {static_cast<uint64_t>(p.keys)},
-                                                       .strides = {},
-                                                       .tile = {kTileKeys},
-                                                       .swizzle = cuda::Swizzle::none}),
                        .query_blocks = static_cast<int>(blocks),
                        .units = static_cast<int>(units),
                        .chunk_tiles = static_cast<int>(chunk_tiles)};
@@ -62,20 +55,25 @@ void run_paged(const IndexerLogitsPagedParams& p, Stream stream) {
   using T = Tile<heads, queries, dim>;
   const char* op = "indexer_logits_paged";
   const int64_t groups = ceil_div(p.queries_per_request, queries);
-  const int64_t page_stride = p.cache.pages == 1 ? T::kKeyBytes + T::kScaleBytes : p.cache.page_stride;
+  const int64_t most_keys = std::min(p.columns, p.table_pages * kTileKeys);
+  const int64_t most_pages = p.requests * groups * ceil_div(p.columns, kTileKeys);
+  const auto blocks = static_cast<int>(std::min<int64_t>(most_pages, cuda::sm_count()));
+  const int64_t page_stride = p.cache.pages == 1 ? T::kPageBytes : p.cache.page_stride;
   const PagedCall call{
       .p = p,
       .queries = rows_map<dim>(op, p.q, p.requests * p.queries_per_request * heads, T::kColumns),
       .keys = cuda::tensor_map(op, {.type = CU_TENSOR_MAP_DATA_TYPE_UINT8,
                                     .data = p.cache.data,
                                     .rank = 3,
-                                    .sizes = {dim, kTileKeys, static_cast<uint64_t>(p.cache.pages)},
+                                    .sizes = {dim, T::kPageRows, static_cast<uint64_t>(p.cache.pages)},
                                     .strides = {dim, static_cast<uint64_t>(page_stride)},
-                                    .tile = {dim, kTileKeys, 1},
+                                    .tile = {dim, T::kPageRows, 1},
                                     .swizzle = kSwizzle<dim>}),
-      .groups_per_request = static_cast<int>(groups)};
-  const int64_t most_pages = p.requests * groups * ceil_div(p.columns, kTileKeys);
-  launch_paged<T>(call, static_cast<int>(std::min<int64_t>(most_pages, cuda::sm_count())), stream);
+      .groups = static_cast<int>(p.requests * groups),
+      .groups_per_request = static_cast<int>(groups),
+      .most_keys = static_cast<int>(most_keys),
+      .share = 1.0 / blocks};
+  launch_paged<T>(call, blocks, stream);
 }
 
 template <int dim>
@@ -110,7 +108,7 @@ void run_paged(const IndexerLogitsPagedParams& p, Stream stream) {
 
 void indexer_logits(const IndexerLogitsParams& p, Stream stream) {
   if (p.queries == 0 || p.keys == 0) return;
-  if (!aligned(p.q) || !aligned(p.k) || !aligned(p.k_scale) || !aligned(p.weights)) {
+  if (!aligned(p.q) || !aligned(p.k) || !aligned(p.weights)) {
     return generic::indexer_logits(p, stream);
   }
   return p.dim == 64 ? run_dense<64>(p, stream) : run_dense<128>(p, stream);
