@@ -88,6 +88,17 @@ def test_the_identity_tells_models_and_texts_apart() -> None:
     ]
 
 
+def test_a_loss_whose_model_was_taken_over_is_refused() -> None:
+    model = tiny_model("glm")
+    first, second = CalibrationLoss(model, tokens()), CalibrationLoss(model, tokens().roll(1))
+    with pytest.raises(ValueError, match="the model was applied again since; make a new CalibrationLoss"):
+        first(LayerPattern("FSFS"))
+    second(LayerPattern("FSFS"))
+    restore(model)
+    with pytest.raises(ValueError, match="the model runs its stock attention"):
+        second(LayerPattern("FSFS"))
+
+
 def test_a_context_that_selects_everything_is_refused() -> None:
     with pytest.raises(checkpoints.CalibrationError, match=f"of {TOPK} tokens is not longer than index_topk, {TOPK}"):
         CalibrationLoss(tiny_model("glm"), tokens(context=TOPK))
@@ -261,6 +272,33 @@ def test_torchrun_finds_the_same(searched: tuple[dict, Path], text: Path, tmp_pa
     assert json.loads(done.stdout)["order"] == searched[0]["order"]
     ours, alone = (SearchTrace.load(folder / "trace.json") for folder in (tmp_path, searched[1]))
     assert ours == alone
+
+
+def test_a_rank_of_torchrun_that_is_killed(searched: tuple[dict, Path], text: Path, tmp_path: Path) -> None:
+    """SIGKILL of one rank: the launcher and the other rank end with an error, and the same command goes on."""
+    file = tmp_path / "trace.json"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    running = subprocess.Popen(
+        [*start, "-m", "indexcache_ext", *command("search", text, tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while running.poll() is None and known(file) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = {}
+    for pid in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith(b"RANK=")}
+    os.kill(ranks[1], signal.SIGKILL)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode != 0 and b"SIGKILL" in told
+    assert not Path(f"/proc/{ranks[0]}").exists()
+    found = known(file)
+    assert 3 <= found < 29  # 1 + 7 * 8 / 2 losses make a whole trace
+    assert cli.main(command("search", text, tmp_path)) == 0
+    assert SearchTrace.load(file) == SearchTrace.load(searched[1] / "trace.json")
 
 
 def test_overlap_command(text: Path, tmp_path: Path, capsys) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from indexcache_ext.cli import main
-from indexcache_ext.demo import run, text, train
+from indexcache_ext.demo import dsa, run, text, train
 from indexcache_ext.search import SearchTrace
 from safetensors.torch import load_file, save_file
 from transformers import GlmMoeDsaForCausalLM
@@ -108,7 +108,7 @@ def test_kl_against_fp64():
         for row in range(7):
             q = scores[b, row, : row + 1].double().softmax(-1)
             expected += (p[b, row, : row + 1].double() * (p[b, row, : row + 1].double() / q).log()).sum() / 21
-    assert train.kl_per_row(p, scores, visible).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert dsa.kl_per_row(p, scores, visible).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_training_attention_agrees_with_stock_code(tokens):
@@ -121,7 +121,7 @@ def test_training_attention_agrees_with_stock_code(tokens):
         dense = model(input_ids=tokens, use_cache=False).logits
         assert (sparse - dense).abs().max() > 0.1
         for stage, stock in ("sparse", sparse), ("language", dense), ("warm-up", dense):
-            with train.TrainableDsa(model, stage):
+            with dsa.TrainableDsa(model, stage):
                 ours = model(input_ids=tokens, use_cache=False).logits
             torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(model(input_ids=tokens, use_cache=False).logits, dense)  # stock code again
@@ -130,12 +130,12 @@ def test_training_attention_agrees_with_stock_code(tokens):
 def test_losses_stay_apart(tokens):
     """KL trains the indexers only, and the next-byte loss everything else only."""
     model = tiny_model().train()
-    with train.TrainableDsa(model, "warm-up"), torch.no_grad():
+    with dsa.TrainableDsa(model, "warm-up"), torch.no_grad():
         model(input_ids=tokens, use_cache=False)
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (".indexer." in name), name
     model.zero_grad()
-    with train.TrainableDsa(model, "language"):
+    with dsa.TrainableDsa(model, "language"):
         logits = model(input_ids=tokens, use_cache=False).logits
         F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
     for name, parameter in model.named_parameters():
@@ -148,14 +148,14 @@ def test_every_expert_is_the_stock_mixture():
     hidden = torch.randn(20, 64, generator=generator)
     picks = torch.rand(20, 4, generator=generator).topk(2)
     stock = experts(hidden, picks.indices, picks.values)
-    torch.testing.assert_close(train.all_experts(experts, hidden, picks.indices, picks.values), stock)
+    torch.testing.assert_close(dsa.all_experts(experts, hidden, picks.indices, picks.values), stock)
 
 
 def test_learning_rate_rises_and_falls():
-    rates = [train.rate(step, 2000) for step in range(2000)]
+    rates = [dsa.rate(step, 2000) for step in range(2000)]
     assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
     assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.02, abs=1e-3)
-    assert rates[:30] == [train.rate(step, None) for step in range(30)]  # while the pace is being measured
+    assert rates[:30] == [dsa.rate(step, None) for step in range(30)]  # while the pace is being measured
 
 
 def test_training(library, tmp_path):

@@ -6,7 +6,9 @@ import errno
 import itertools
 import json
 import math
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,34 @@ def test_the_error_of_a_rank_ends_all(tmp_path: Path) -> None:
     assert trace.full_loss is not None
     assert greedy_search(Counted(table(9)), LAYERS, trace=tmp_path / "trace.json").flips[0] == Flip(
         *_first_flip(table(9))
+    )
+
+
+def _rank_that_is_killed(rank: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    def loss(pattern: LayerPattern) -> float:
+        if rank == 1 and "S" in str(pattern):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return table(9)[str(pattern)]
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        greedy_search(loss, LAYERS, trace=folder / "trace.json")
+    except RankError as error:
+        (folder / "told").write_text(str(error))
+        raise
+
+
+def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
+    ranks = multiprocessing.spawn(_rank_that_is_killed, (tmp_path,), 2, join=False).processes
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [1, -signal.SIGKILL]
+    assert (tmp_path / "told").read_text().startswith("search: another rank is gone, it may have been killed")
+    assert SearchTrace.load(tmp_path / "trace.json").full_loss == table(9)["F" * LAYERS]
+    assert greedy_search(Counted(table(9)), LAYERS, trace=tmp_path / "trace.json") == greedy_search(
+        Counted(table(9)), LAYERS
     )
 
 

@@ -345,7 +345,13 @@ class _Ranks:
         except Exception as raised:
             error = raised
         told: list[Any] = [None] * self.count
-        dist.all_gather_object(told, (result, None if error is None else f"{type(error).__name__}: {error}"))
+        try:
+            dist.all_gather_object(told, (result, None if error is None else f"{type(error).__name__}: {error}"))
+        except RuntimeError as lost:
+            reason = str(lost).partition("\n")[0]
+            raise error or RankError(
+                f"search: another rank is gone, it may have been killed; the trace holds what it found: {reason}"
+            ) from lost
         if error is not None:
             raise error
         for rank, (_, message) in enumerate(told):

@@ -28,7 +28,7 @@ from ..schedule import LayerPattern
 from ..search import ALL_FULL
 from ._transformers_forward import FORWARD, Forward, observer, watcher
 from .checkpoints import CalibrationError, fingerprint
-from .transformers import apply
+from .transformers import apply, stats
 
 _LOGIT_ROWS = 4096  # tokens whose logits are held at a time
 
@@ -93,6 +93,12 @@ class CalibrationLoss:
         for layer in layers:
             yield layer, self._run.loss if layer == ALL_FULL else self._from(self._run, pattern.share(layer), layer)
 
+    def set_pattern(self, pattern: LayerPattern) -> None:
+        """Under which the model runs next. Raises ValueError if another loss or `apply` took it over."""
+        if stats(self.model) is not self.info:
+            raise ValueError("CalibrationLoss: the model was applied again since; make a new CalibrationLoss")
+        self.info.pattern = pattern
+
     def _whole(self, pattern: LayerPattern, batch: int) -> _Run:
         tokens = self.batches[batch].to(self.model.device)
         inputs: list[tuple[tuple, dict[str, Any]]] = []
@@ -104,7 +110,7 @@ class CalibrationLoss:
         def record(forward: Forward, layer: int, selection: Tensor, unquantised: object) -> None:
             selections[layer] = selection.clone()
 
-        self.info.pattern = pattern
+        self.set_pattern(pattern)
         with _hooked(self.stack.layers, keep), _set(observer, record):
             hidden = self.stack(input_ids=tokens, use_cache=False).last_hidden_state
         return _Run(pattern, batch, self._loss(hidden, tokens), inputs[0][1][FORWARD], inputs, selections)
@@ -158,7 +164,7 @@ def measure_overlap(loss: CalibrationLoss, *, queries: int = 128, progress=lambd
             hidden = torch.arange(len(kv), device=kv.device) > rows[:, None]
             kept[layer] = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
 
-        loss.info.pattern = LayerPattern("F" * loss.num_layers)
+        loss.set_pattern(LayerPattern("F" * loss.num_layers))
         with _set(observer, select), _set(watcher, attend):
             stack(input_ids=window[None].to(loss.model.device), use_cache=False)
         layers = range(loss.num_layers)
