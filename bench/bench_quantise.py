@@ -125,8 +125,9 @@ def bench_gather_index_k(measure, sized, device, case):
     ops.store_index_k(**call, slots=slots, index_k_cache=cache)
 
     def check(got):
-        expected = reference.gather_index_k(cache, slots)
-        assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(got, expected, strict=True))
+        (k8, k_scale), (expected, expected_scale) = got, reference.gather_index_k(cache, slots)
+        assert torch.equal(k8.view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(k_scale.double(), expected_scale)
 
     measure(
         lambda: ops.gather_index_k(cache, slots),

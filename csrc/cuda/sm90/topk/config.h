@@ -41,14 +41,13 @@ inline constexpr int kSampleUnit = 16;
 inline constexpr int kSampleShare = 8;  // scores of a thread in a unit
 inline constexpr int kMaxUnits = 4;     // of a thread
 
-/// Sampled units per pair of threads, as a power of two. The larger the sample, the fewer candidates, and the later they
-/// can be told.
+/// Sampled units per pair of threads, as a power of two: 2,048 scores of a row of up to 32,768, 4,096 of one of 131,072. The
+/// larger the sample, the fewer candidates, and the later the threshold.
 INDEXCACHE_HOST_DEVICE constexpr int log_sample_units(int length) {
-  return length <= 32'768 ? -2 : length <= 131'072 ? 0 : length <= 1'048'576 ? 1 : 2;
+  return length <= 32'768 ? -1 : length <= 131'072 ? 0 : length <= 1'048'576 ? 1 : 2;
 }
 INDEXCACHE_HOST_DEVICE constexpr int sample_size(int length) {
-  constexpr int kLeastLog = -2;
-  return (kThreads * kSampleShare >> -kLeastLog) << (log_sample_units(length) - kLeastLog);
+  return (kThreads * kSampleShare / 2) << (log_sample_units(length) + 1);
 }
 
 /// Many rows, a block each: two blocks per SM have 64 KiB each on the way, behind which the latency of DRAM hides, and one
