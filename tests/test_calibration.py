@@ -51,6 +51,18 @@ def test_a_trial_has_the_bits_of_a_whole_run(loss: CalibrationLoss, pattern: str
     assert len({*found[0].values()}) == len(found[0])  # the flips matter
 
 
+def test_a_run_starts_from_the_one_before() -> None:
+    """With one batch, a pattern that differs from the last one runs from the first layer that does. The same bits."""
+    loss = CalibrationLoss(tiny_model("glm", layers=6), tokens(), batch_size=3)
+    patterns = [LayerPattern(p) for p in ("FFFFFF", "FFFFSF", "FFSFSF", "FFSFSF", "FSFFFS", "FFFFFF")]
+    asked = [(p, [layer for layer in range(1, 6) if p.is_full(layer)] + [ALL_FULL]) for p in patterns]
+    whole = [[loss(p if layer == ALL_FULL else p.share(layer)) for layer in layers] for p, layers in asked]
+    starts = []
+    with loss.stack.layers[0].register_forward_pre_hook(lambda *_: starts.append(0)):
+        found = [[value for _, value in loss.trials(p, layers, 0)] for p, layers in asked]
+    assert found == whole and len(starts) == 1
+
+
 def test_a_search_takes_the_best_of_all_patterns_at_each_step(loss: CalibrationLoss) -> None:
     losses = {p: loss(LayerPattern(p)) for p in ("F" + "".join(rest) for rest in itertools.product("FS", repeat=5))}
     trace, pattern = greedy_search(loss, 6), "F" * 6

@@ -4,14 +4,15 @@
     trace = greedy_search(loss, loss.num_layers, trace="trace.json")
 
 A candidate differs from the pattern so far in one layer, so it runs from that layer on: the layers before it, and the
-selection that it reuses, are kept from one run of the pattern itself. About half of the work, and the same bits.
+selection that it reuses, are kept from one run of the pattern itself. About half of the work, and the same bits. The run of
+a pattern starts in the same way from that of the pattern before, where the calibration set is one batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -81,23 +82,31 @@ class CalibrationLoss:
     @torch.no_grad()
     def __call__(self, pattern: LayerPattern) -> float:
         """The loss of a pattern, from the first layer on."""
+        self.set_pattern(pattern)
         losses = [self._whole(pattern, batch).loss for batch in range(len(self.weights))]
         return math.fsum(w * loss for w, loss in zip(self.weights, losses, strict=True)) / sum(self.weights)
 
     @torch.no_grad()
     def trials(self, pattern: LayerPattern, layers: Sequence[int], batch: int) -> Iterator[tuple[int, float]]:
         """See `search.Trials`."""
-        if self._run is None or (self._run.pattern, self._run.batch) != (pattern, batch):
-            self._run = None  # its memory goes first
-            self._run = self._whole(pattern, batch)
+        self.set_pattern(pattern)
+        run = self._run = self._run_of(pattern, batch)
         for layer in layers:
-            yield layer, self._run.loss if layer == ALL_FULL else self._from(self._run, pattern.share(layer), layer)
+            yield layer, run.loss if layer == ALL_FULL else self._from(run, pattern.share(layer), layer).loss
 
     def set_pattern(self, pattern: LayerPattern) -> None:
         """Under which the model runs next. Raises ValueError if another loss or `apply` took it over."""
         if stats(self.model) is not self.info:
             raise ValueError("CalibrationLoss: the model was applied again since; make a new CalibrationLoss")
         self.info.pattern = pattern
+
+    def _run_of(self, pattern: LayerPattern, batch: int) -> _Run:
+        run, self._run = self._run, None
+        if run is None or run.batch != batch:
+            run = None  # its memory goes first
+            return self._whole(pattern, batch)
+        changed = [layer for layer in range(self.num_layers) if run.pattern.is_full(layer) != pattern.is_full(layer)]
+        return self._from(run, pattern, changed[0], keep=True) if changed else run
 
     def _whole(self, pattern: LayerPattern, batch: int) -> _Run:
         tokens = self.batches[batch].to(self.model.device)
@@ -107,27 +116,27 @@ class CalibrationLoss:
         def keep(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             inputs.append((args, kwargs))
 
-        def record(forward: Forward, layer: int, selection: Tensor, unquantised: object) -> None:
-            selections[layer] = selection.clone()
-
-        self.set_pattern(pattern)
-        with _hooked(self.stack.layers, keep), _set(observer, record):
+        with _hooked(self.stack.layers, keep), _set(observer, _recorder(selections)):
             hidden = self.stack(input_ids=tokens, use_cache=False).last_hidden_state
         return _Run(pattern, batch, self._loss(hidden, tokens), inputs[0][1][FORWARD], inputs, selections)
 
-    def _from(self, run: _Run, pattern: LayerPattern, first: int) -> float:
-        """The loss of `pattern`, which is `run`'s up to layer `first`."""
+    def _from(self, run: _Run, pattern: LayerPattern, first: int, *, keep: bool = False) -> _Run:
+        """The run of `pattern`, which is `run`'s up to layer `first`; without `keep` no other can start from it."""
         tokens = self.batches[run.batch].to(self.model.device)
         holder = IndexCache(pattern, tokens.numel(), self.info.index_topk, self.model.device, first_layer=first)
         holder.begin(tokens.numel())
         if not pattern.is_full(first):
             holder.load(run.selections[pattern.source(first)])
-        forward = replace(run.forward, holder=holder, observe=None)
+        inputs = run.inputs[:first]
+        selections = {layer: selection for layer, selection in run.selections.items() if layer < first}
+        forward = replace(run.forward, holder=holder, observe=_recorder(selections) if keep else None)
         hidden = run.inputs[first][0][0]
         for layer, (args, kwargs) in zip(self.stack.layers[first:], run.inputs[first:], strict=True):
+            if keep:
+                inputs.append(((hidden, *args[1:]), kwargs))
             result = layer(hidden, *args[1:], **{**kwargs, FORWARD: forward})
             hidden = result[0] if isinstance(result, tuple) else result
-        return self._loss(self.stack.norm(hidden), tokens)
+        return _Run(pattern, run.batch, self._loss(self.stack.norm(hidden), tokens), run.forward, inputs, selections)
 
     def _loss(self, hidden: Tensor, tokens: Tensor) -> float:
         head, targets = self.model.get_output_embeddings(), tokens[:, 1:].flatten()
@@ -137,6 +146,15 @@ class CalibrationLoss:
         ):
             total += F.cross_entropy(head(rows).float(), wanted, reduction="none").double().sum().item()
         return total / len(targets)
+
+
+def _recorder(selections: dict[int, Tensor]) -> Callable[..., None]:
+    """An observer of Full layers that keeps what each selects."""
+
+    def record(forward: Forward, layer: int, selection: Tensor, unquantised: object) -> None:
+        selections[layer] = selection.clone()
+
+    return record
 
 
 @torch.no_grad()
@@ -154,9 +172,6 @@ def measure_overlap(loss: CalibrationLoss, *, queries: int = 128, progress=lambd
         selections: dict[int, Tensor] = {}
         attention: dict[int, Tensor] = {}
 
-        def select(forward: Forward, layer: int, selection: Tensor, unquantised: object, kept=selections) -> None:
-            kept[layer] = selection.clone()
-
         def attend(
             forward: Forward, layer: int, q: Tensor, kv: Tensor, scale: float, rows=rows, kept=attention
         ) -> None:
@@ -165,7 +180,7 @@ def measure_overlap(loss: CalibrationLoss, *, queries: int = 128, progress=lambd
             kept[layer] = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
 
         loss.set_pattern(LayerPattern("F" * loss.num_layers))
-        with _set(observer, select), _set(watcher, attend):
+        with _set(observer, _recorder(selections)), _set(watcher, attend):
             stack(input_ids=window[None].to(loss.model.device), use_cache=False)
         layers = range(loss.num_layers)
         meter.add(torch.stack([selections[i][rows] for i in layers]), torch.stack([attention[i] for i in layers]))
