@@ -17,7 +17,8 @@ void topk(const TopkParams& p, Context& ctx);
 void to_slots(const ToSlotsParams& p, Context& ctx);
 void sparse_mla(const SparseMlaParams& p, Context& ctx);
 
-/// "avx512_bf16", "avx512", "avx2" or "baseline": the best that this machine runs, or what INDEXCACHE_CPU_ISA lowers it to.
+/// "avx512_bf16", "avx512", "avx2" or "baseline": the best that this machine runs, or what INDEXCACHE_CPU_ISA lowers it
+/// to.
 const char* instruction_set();
 
 }  // namespace indexcache::cpu

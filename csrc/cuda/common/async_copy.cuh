@@ -1,13 +1,13 @@
-// Copies from global to shared memory, at a 32-bit address, that run while the thread goes on (cp.async), in groups that
-// complete in order.
+// Copies from global to shared memory, at a 32-bit address, that run while the thread goes on (cp.async), in groups
+// that complete in order.
 #pragma once
 
 #include <cstdint>
 
 namespace indexcache::cuda {
 
-/// Both addresses are multiples of 16 bytes. For what is read once: leaves the L1 cache alone, and in L2 takes the place of
-/// other such data first, so that what lies there stays, and need not be written back if it is dirty.
+/// Both addresses are multiples of 16 bytes. For what is read once: leaves the L1 cache alone, and in L2 takes the
+/// place of other such data first, so that what lies there stays, and need not be written back if it is dirty.
 __device__ inline void copy_16_bytes_once(uint32_t to, const void* from) {
   asm volatile(
       "{\n  .reg .b64 policy;\n"

@@ -1,5 +1,5 @@
-// Elements as f32 and back, one or several at a time, and words at any byte address: the caches and their pages need not
-// be aligned.
+// Elements as f32 and back, one or several at a time, and words at any byte address: the caches and their pages need
+// not be aligned.
 #pragma once
 
 #include <cuda_bf16.h>

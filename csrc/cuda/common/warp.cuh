@@ -47,8 +47,8 @@ struct BlockSum {
   uint32_t total;   // over all threads
 };
 
-/// Called by all `kThreads` threads of the block; shared memory written before it is visible after it. Another call needs
-/// a barrier before it.
+/// Called by all `kThreads` threads of the block; shared memory written before it is visible after it. Another call
+/// needs a barrier before it.
 template <int kThreads>
 __device__ BlockSum block_exclusive_sum(uint32_t value) {
   constexpr int kWarps = kThreads / kWarpSize;

@@ -15,9 +15,9 @@
 
 namespace indexcache::sm90::radix_topk {
 
-/// Reads this block's part of the row once and lists what reaches the threshold in its list, if that has room. Returns the
-/// number, which is exact in any case. Barriers separate the uses of the ring and the list before and after. The threads
-/// work out the places of kBatch rounds together, 1 or 2.
+/// Reads this block's part of the row once and lists what reaches the threshold in its list, if that has room. Returns
+/// the number, which is exact in any case. Barriers separate the uses of the ring and the list before and after. The
+/// threads work out the places of kBatch rounds together, 1 or 2.
 template <int kBatch, class Shared, class Reader>
 __device__ inline uint32_t collect(Shared& s, const Reader& reader, const Threshold& threshold, uint32_t room) {
   const float below = score_below(threshold.key);
@@ -66,8 +66,8 @@ struct Totals {
   uint32_t all, most;
 };
 
-/// Copies this block's list, of `listed` candidates, to part `rank` of block 0's list, and `count` to its counts. Block 0
-/// waits until all have done so, and returns the totals.
+/// Copies this block's list, of `listed` candidates, to part `rank` of block 0's list, and `count` to its counts. Block
+/// 0 waits until all have done so, and returns the totals.
 template <int kCluster, class Shared>
 __device__ inline Totals gather(Shared& s, uint32_t listed, uint32_t count, int rank) {
   if constexpr (kCluster == 1) return {count, count};
@@ -161,8 +161,8 @@ __device__ inline void list_with_ties(Shared& s, uint32_t count, uint32_t ties) 
   __syncthreads();
 }
 
-/// Lists the k best of the `all` candidates, all of which reach key `low`. They lie in the 2^log_parts equal parts of the
-/// list, in the i-th s.counts[i] of them; or, if that is one part, side by side.
+/// Lists the k best of the `all` candidates, all of which reach key `low`. They lie in the 2^log_parts equal parts of
+/// the list, in the i-th s.counts[i] of them; or, if that is one part, side by side.
 template <int kListed, class Shared>
 __device__ inline void list_best(Shared& s, uint32_t all, int log_parts, uint32_t low, uint32_t shift, uint32_t k) {
   static_assert(kListed % 2 == 1);
@@ -251,8 +251,8 @@ __device__ __noinline__ uint32_t read_candidates(LongRowShared<Rows>& s, Row<T> 
   return all;
 }
 
-/// After a first read, past `threshold`, that was not enough: reads past others and lists in the block's own memory, until
-/// block 0's list has what it takes. The last to try is the exact threshold, which cannot fail. Leaves s.again.
+/// After a first read, past `threshold`, that was not enough: reads past others and lists in the block's own memory,
+/// until block 0's list has what it takes. The last to try is the exact threshold, which cannot fail. Leaves s.again.
 template <int kCluster, class Rows, class T>
 __device__ __noinline__ void read_again(LongRowShared<Rows>& s, Row<T> row, uint32_t k, Threshold threshold, uint32_t all) {
   constexpr uint32_t kListSize = LongRowShared<Rows>::kListSize;

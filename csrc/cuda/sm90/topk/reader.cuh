@@ -6,8 +6,8 @@
 
 namespace indexcache::sm90::radix_topk {
 
-/// What a block reads of the columns [begin, end) of a row: steps of 32 x kOwn columns, kOwn neighbouring ones per lane.
-/// Its warps take 16 steps together, in a round, each its own; `kStages` rounds are on the way at once.
+/// What a block reads of the columns [begin, end) of a row: steps of 32 x kOwn columns, kOwn neighbouring ones per
+/// lane. Its warps take 16 steps together, in a round, each its own; `kStages` rounds are on the way at once.
 template <class T, int kStages>
 class Reader {
  public:
@@ -93,8 +93,8 @@ class Reader {
   __device__ static uint32_t swap(uint32_t lane) { return lane / (8 / kUnits) % kUnits * 16; }
   __device__ uint32_t lane_place(int round) const { return stage(round) + lane_id() * kUnits * 16; }
 
-  /// Nothing outside the row is read: what stands there is not defined, and outside the window. Each round is a group of
-  /// copies, also one that is empty.
+  /// Nothing outside the row is read: what stands there is not defined, and outside the window. Each round is a group
+  /// of copies, also one that is empty.
   __device__ void fetch(int round) const {
     if (step(round) < end_) fetch_step(round);
     cuda::commit_copies();

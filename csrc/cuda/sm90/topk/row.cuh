@@ -88,7 +88,8 @@ __device__ inline void store_shared(uint32_t address, uint32_t low, uint32_t hig
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(low), "r"(high) : "memory");
 }
 
-/// Overwrites registers that have a value: loads behind branches would make the compiler write the values again and again.
+/// Overwrites registers that have a value: loads behind branches would make the compiler write the values again and
+/// again.
 __device__ inline void load_shared(uint32_t address, uint32_t& low, uint32_t& high) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "+r"(low), "+r"(high) : "r"(address) : "memory");
 }

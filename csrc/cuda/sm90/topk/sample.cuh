@@ -26,8 +26,8 @@ __device__ inline uint32_t sample_rank(float expected, float most) {
   return static_cast<uint32_t>(min(safe, (expected + most) / 2)) + 1;
 }
 
-/// Scores from random places, one in each of many equal parts of the window: neither a trend nor a period of the row can
-/// hide. Places depend on the part alone, and every block of a cluster has the same sample.
+/// Scores from random places, one in each of many equal parts of the window: neither a trend nor a period of the row
+/// can hide. Places depend on the part alone, and every block of a cluster has the same sample.
 template <class T>
 class Sample {
  public:
@@ -89,10 +89,12 @@ class Sample {
     };
     const Bin bin = descend(s, bins, kAllKeys, shift_of(kAllKeys.last), rank, for_each, done);
     if (bin.low < kLowestKey) return {};
-    // How dense samples are about the threshold: a bin of the first round is a quarter of an octave, where keys are spread
-    // evenly unless the data is strange; then they are denser in the last round's, where one is because the rank is.
+    // How dense samples are about the threshold: a bin of the first round is a quarter of an octave, where keys are
+    // spread evenly unless the data is strange; then they are denser in the last round's, where one is because the rank
+    // is.
     const float width = small_to_float(bin.last + 1);
-    const float density = max(small_to_float(near) * (1.0f / (kFirst + 1)), __fdividef(small_to_float(bin.inside - 1), width));
+    const float density =
+        max(small_to_float(near) * (1.0f / (kFirst + 1)), __fdividef(small_to_float(bin.inside - 1), width));
     constexpr float kEach = 2;  // candidates in a bin; fewer where the tail of a distribution thins out
     const uint32_t shift = min((float_bits(__fdividef(kEach * plan.part, density) + 1.0f) >> 23) - 127, 31u);
     if (bin.last == kFirst) {
@@ -112,8 +114,8 @@ class Sample {
   Unit<T> loaded_[kMaxUnits][kLoads];
 };
 
-/// From the whole row, with exact counts: cannot miss. The row has at least k scores, or all become candidates. The bins
-/// are zero before and after.
+/// From the whole row, with exact counts: cannot miss. The row has at least k scores, or all become candidates. The
+/// bins are zero before and after.
 template <class T>
 __device__ inline Threshold exact_threshold(SelectShared& s, Histogram& bins, const Row<T>& row, uint32_t k,
                                             uint32_t list_size) {

@@ -45,8 +45,8 @@ __device__ inline void block_sums(SelectShared& s, int turn, const uint32_t (&va
 }
 
 /// Narrows `parent` to the bin of it that holds rank `rank`, from 1 and from the top; bin i has 2^shift keys from low +
-/// i * 2^shift on, the last bin all the rest. `inside` 0: there are fewer. Called by all threads; synchronises before it
-/// reads and before it returns, and leaves the bins at zero.
+/// i * 2^shift on, the last bin all the rest. `inside` 0: there are fewer. Called by all threads; synchronises before
+/// it reads and before it returns, and leaves the bins at zero.
 __device__ inline Bin narrow(SelectShared& s, Histogram& histogram, const Bin& parent, uint32_t shift, uint32_t rank) {
   __syncthreads();
   const OwnBins own = own_bins(histogram);
@@ -94,9 +94,9 @@ __device__ inline void increment(uint32_t bins, uint32_t index) {
   asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(bins + index * 4) : "memory");
 }
 
-/// Narrows `bin` round by round until one key is left or `done(bin)`, at first with bins of 2^shift keys.
-/// `for_each(f)` calls f(i, key) for every key of the set that the threads hold, a thread's i-th; keys outside the bin do
-/// not count. The bins are zero before and after.
+/// Narrows `bin` round by round until one key is left or `done(bin)`, at first with bins of 2^shift keys. `for_each(f)`
+/// calls f(i, key) for every key of the set that the threads hold, a thread's i-th; keys outside the bin do not count.
+/// The bins are zero before and after.
 template <class ForEach, class Done>
 __device__ inline Bin descend(SelectShared& s, Histogram& histogram, Bin bin, uint32_t shift, uint32_t rank,
                               ForEach for_each, Done done) {

@@ -64,8 +64,8 @@ __device__ inline Bin keys_of(const Bin& digits) {
   return {negative ? ~last : first, last - first, digits.above, digits.inside};
 }
 
-/// What is chosen of this thread's entries with the digit in which rank k lies: those in `inside`. `ties` tells how many of
-/// the equal ones of all threads.
+/// What is chosen of this thread's entries with the digit in which rank k lies: those in `inside`. `ties` tells how
+/// many of the equal ones of all threads.
 template <class ScoreAt>
 __device__ inline Chosen choose(SelectShared& s, Histogram& bins, const Bin& found, uint32_t inside, uint32_t k,
                                 uint32_t& ties, ScoreAt score_at) {
