@@ -4,13 +4,11 @@ By FLOP rate, `indexer_topk` is held against torch.mm f32 on the CPU and dense s
 GPU, where selection is held against the scores alone; the others against the same scores in plain torch.
 """
 
-from collections.abc import Callable
-
 import plain_torch
 import pytest
 import torch
 from case_types import IndexerCase, PagedIndexerCase
-from harness import Baseline, assert_selection, cpu, f32_product, gpu, sampled_rows, size_of, visible
+from harness import Baseline, assert_selection, cpu, e4m3_product, f32_product, gpu, sampled_rows, size_of, visible
 from torch import Tensor
 
 from indexcache_ext import ops, reference
@@ -38,15 +36,6 @@ def decode(batch: int, length: int, queries: int = 1) -> PagedIndexerCase:
 
 DECODE = decode(64, 65_536), decode(8, 32_768), decode(1, 131_072), decode(128, 8192)
 TWO_QUERIES = decode(64, 65_536, queries=2), decode(128, 8192, queries=2)
-
-
-def e4m3_product() -> tuple[Callable[[], Tensor], float]:
-    """torch._scaled_mm at the size that the roof R8 is measured with, and its FLOPs."""
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
-    one = torch.ones((), device="cuda")
-    product = lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)  # noqa: E731
-    return product, 2 * n**3
 
 
 def prefill_mark(case: IndexerCase) -> float:

@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 
+import roofline
 import torch
 from indexcache_ext import ops, reference
 from torch import Tensor
@@ -101,12 +102,12 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
-    print("| data | heads | keys | " + " | ".join(f"{name}: recall, worst, missed" for name in FORMATS) + " |")
-    print("|---" * (3 + len(FORMATS)) + "|")
+    lines = [["data", "heads", "keys", *(f"{name}: recall, worst, missed" for name in FORMATS)]]
     for first in range(0, len(rows), len(FORMATS)):
         group = rows[first : first + len(FORMATS)]
         cells = [f"{row['recall']:.2%}, {row['worst']:.2%}, {row['missed']:.3f}" for row in group]
-        print(f"| {group[0]['data']} | {group[0]['heads']} | {group[0]['keys']:,} | " + " | ".join(cells) + " |")
+        lines.append([group[0]["data"], str(group[0]["heads"]), f"{group[0]['keys']:,}", *cells])
+    print(roofline.markdown(lines))
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def text(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    head, *body = table(rows)
+def markdown(lines: list[list[str]]) -> str:
+    """A table of a head and cells."""
+    head, *body = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
@@ -111,6 +113,17 @@ def machine(report: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def read(
+    parser: argparse.ArgumentParser, file: Path, figures: Callable[[dict[str, Any]], Any], what: str
+) -> tuple[dict[str, Any], Any]:
+    """The report in `file` and its `figures`; ends the program, with what it should be, if they cannot be read."""
+    try:
+        report = json.loads(file.read_text())
+        return report, figures(report)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.exit(1, f"{file} is not {what}: {error!r}\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="what pytest --benchmark-json wrote")
@@ -118,17 +131,13 @@ def main(arguments: list[str] | None = None) -> int:
     form.add_argument("--json", action="store_true", help="rows in SI units as JSON")
     form.add_argument("--markdown", action="store_true", help="a Markdown table")
     args = parser.parse_args(arguments)
-    try:
-        report = json.loads(args.file.read_text())
-        found = rows(report)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.exit(1, f"{args.file} is not a pytest-benchmark report of this directory: {error!r}\n")
+    report, found = read(parser, args.file, rows, "a pytest-benchmark report of this directory")
     if not found:
         parser.exit(1, f"{args.file} holds no figure; was it run with --benchmark-disable?\n")
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        print(machine(report), "", (markdown if args.markdown else text)(found), sep="\n")
+        print(machine(report), "", markdown(table(found)) if args.markdown else text(found), sep="\n")
     return 0
 
 

@@ -8,7 +8,6 @@ A cell is the median in us, then the share of rows that were read more than once
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,16 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="what pytest bench/bench_topk.py --benchmark-json wrote")
     args = parser.parse_args(arguments)
-    try:
-        report = json.loads(args.file.read_text())
-        infos = figures(report)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.exit(1, f"{args.file} is not a report of bench_topk.py: {error!r}\n")
+    report, infos = roofline.read(parser, args.file, figures, "a report of bench_topk.py")
     if not infos:
         parser.exit(1, f"{args.file} holds no GPU figure of bench_topk.py\n")
-    head, *body = table(infos)
-    print(roofline.machine(report), "", sep="\n")
-    print(*("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)), sep="\n")
+    print(roofline.machine(report), "", roofline.markdown(table(infos)), sep="\n")
     return 0
 
 

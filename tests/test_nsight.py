@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import stat
 from pathlib import Path
 
 import pytest
+import scripts
 
-_spec = importlib.util.spec_from_file_location("nsight", Path(__file__).parents[1] / "bench/nsight.py")
-nsight = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(nsight)
+nsight = scripts.load("nsight")
 
 DETAILS = """\
 [762] program@127.0.0.1

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import scripts
 import torch
 from indexcache_ext import ops, reference
 
-_spec = importlib.util.spec_from_file_location("recall", Path(__file__).parents[1] / "bench/recall.py")
-recall = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(recall)
+recall = scripts.load("recall")
 
 QUERIES, KEYS, HEADS = 3, 2400, 8
 

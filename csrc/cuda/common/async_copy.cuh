@@ -4,17 +4,16 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/common/l2_policy.cuh"
+
 namespace indexcache::cuda {
 
 /// Both addresses are multiples of 16 bytes. For what is read once: leaves the L1 cache alone, and in L2 takes the
 /// place of other such data first, so that what lies there stays, and need not be written back if it is dirty.
 __device__ inline void copy_16_bytes_once(uint32_t to, const void* from) {
-  asm volatile(
-      "{\n  .reg .b64 policy;\n"
-      "  createpolicy.fractional.L2::evict_first.b64 policy;\n"
-      "  cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, policy;\n}" ::"r"(to),
-      "l"(from)
-      : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "l"(evict_first())
+               : "memory");
 }
 
 /// The same with zeros behind the first `bytes`, the only ones that are read.

@@ -136,7 +136,7 @@ class E4m3Encoder {
 
 /// Up to four bytes, little-endian; bytes from `count` on read as 0.
 __device__ inline uint32_t load_bytes(const uint8_t* from, int count) {
-  if (count >= 4 && reinterpret_cast<uintptr_t>(from) % 4 == 0) return *reinterpret_cast<const uint32_t*>(from);
+  if (count >= 4 && aligned(from, 4)) return *reinterpret_cast<const uint32_t*>(from);
   uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

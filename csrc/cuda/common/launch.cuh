@@ -30,7 +30,8 @@ struct Launch {
   int64_t blocks;
   int threads;
   int shared_bytes = 0;
-  int cluster = 1;  // blocks that share their memory; divides `blocks`
+  int cluster = 1;     // blocks that share their memory; divides `blocks`
+  bool early = false;  // may start before the kernel before it ends (dependent_launch.cuh)
 };
 
 /// Launches `kKernel(args...)`.
@@ -44,16 +45,23 @@ void launch(const char* op, const Launch& how, CUstream_st* stream, const Args&.
     check(op, cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, how.cluster > 8));
     prepared |= bit;
   }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (how.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+  }
+  if (how.early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(how.blocks);
   config.blockDim = static_cast<unsigned>(how.threads);
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = how.cluster > 1;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(op, cudaLaunchKernelEx(&config, kKernel, args...));
 }
 

@@ -5,13 +5,6 @@
 
 namespace indexcache::cuda {
 
-/// NaN if one of them is.
-__device__ inline float max_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
 template <int kLaneCount>
 struct RowGroup {
   static constexpr int kLanes = kLaneCount;          // a power of two up to a warp

@@ -47,18 +47,7 @@ __device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y,
       : "memory");
 }
 
-/// What the L2 cache does with a line: let it go before others, which suits data that is read once; or as usual.
-__device__ inline uint64_t evict_first() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ inline uint64_t evict_normal() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
+/// `policy`: of l2_policy.cuh.
 __device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y, int z, uint64_t* barrier,
                                  uint64_t policy) {
   asm volatile(

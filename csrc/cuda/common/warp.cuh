@@ -15,6 +15,13 @@ __device__ inline int warp_id() { return static_cast<int>(threadIdx.x / kWarpSiz
 __device__ inline int64_t grid_warp() { return int64_t{blockIdx.x} * (blockDim.x / kWarpSize) + warp_id(); }
 __device__ inline int64_t grid_warps() { return int64_t{gridDim.x} * (blockDim.x / kWarpSize); }
 
+/// NaN if one of them is.
+__device__ inline float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 __device__ inline float warp_sum(float x) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullMask, x, offset);
   return x;

@@ -10,11 +10,7 @@
 namespace indexcache::sm90::indexer {
 
 /// Keeps NaN, which fmaxf does not.
-__device__ inline float relu(float x) {
-  float y;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
-  return y;
-}
+__device__ inline float relu(float x) { return cuda::max_or_nan(x, 0.0f); }
 
 /// `choose` != 0 ? a : b. The ternary becomes branches here (nvcc 13), and branches cost uniform registers.
 __device__ inline float select(int choose, float a, float b) {

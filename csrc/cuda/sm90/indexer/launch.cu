@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "csrc/cuda/common/convert.cuh"
 #include "csrc/cuda/common/device.h"
 #include "csrc/cuda/common/tensor_map.h"
 #include "csrc/cuda/sm90/sm90.h"
@@ -16,7 +17,7 @@ using namespace indexer;
 
 /// The copy engine wants addresses and strides of 16 bytes. Any slice of rows has them, as a row is at least 64 bytes,
 /// or 32 of weights. What has not goes to the generic kernel, whose sums differ in the last bits.
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+bool aligned(const void* data) { return cuda::aligned(data, 16); }
 
 template <int dim>
 constexpr cuda::Swizzle kSwizzle = dim == 128 ? cuda::Swizzle::bytes128 : cuda::Swizzle::bytes64;

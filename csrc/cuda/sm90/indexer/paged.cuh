@@ -8,6 +8,7 @@
 #include <climits>
 
 #include "csrc/cuda/common/dependent_launch.cuh"
+#include "csrc/cuda/common/l2_policy.cuh"
 #include "csrc/cuda/common/tma.cuh"
 #include "csrc/cuda/sm90/indexer/math.cuh"
 

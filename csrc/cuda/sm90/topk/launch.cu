@@ -1,3 +1,4 @@
+#include "csrc/cuda/common/convert.cuh"
 #include "csrc/cuda/common/launch.cuh"
 #include "csrc/cuda/sm90/sm90.h"
 #include "csrc/cuda/sm90/topk/long_rows.cuh"
@@ -17,7 +18,7 @@ void launch_long(const TopkParams& p, Stream stream) {
 template <class T>
 void run(const TopkParams& p, Stream stream) {
   constexpr int kUnit = Unit<T>::kSize;
-  const bool aligned = reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && p.row_stride % kUnit == 0;
+  const bool aligned = cuda::aligned(p.logits, 16) && p.row_stride % kUnit == 0;
   const Spread how = spread(p.rows, p.columns, aligned ? 0 : kUnit - 1, cuda::sm_count());
   switch (how.kernel) {
     case Kernel::short_rows:

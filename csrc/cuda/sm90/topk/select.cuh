@@ -18,14 +18,23 @@ __device__ inline OwnBins& own_bins(Histogram& histogram) {
 /// Zeroes the bins; the caller synchronises.
 __device__ inline void clear(Histogram& histogram) { own_bins(histogram) = {}; }
 
-/// Exclusive sum over the threads and their total; less than 2^16. `turn` alternates from call to call:
-/// then each costs one barrier.
-__device__ inline cuda::BlockSum block_sum(SelectShared& s, int turn, uint32_t value) {
+struct WarpSums {
+  uint32_t before;  // over the lanes before this one
+  uint32_t total;   // of warp `lane`; 0 in a lane that is no warp's
+};
+
+/// The sums of which those over a block are made. `turn` alternates from call to call: then each costs one barrier.
+__device__ inline WarpSums warp_sums(SelectShared& s, int turn, uint32_t value) {
   uint32_t* const totals = s.warp_totals[turn & 1];
   const uint32_t before = cuda::warp_exclusive_sum(value);
   if (lane_id() == kWarpSize - 1) totals[warp_id()] = before + value;
   __syncthreads();
-  const uint32_t total = lane_id() < kWarps ? totals[lane_id()] : 0;
+  return {before, lane_id() < kWarps ? totals[lane_id()] : 0};
+}
+
+/// Exclusive sum over the threads and their total; less than 2^16.
+__device__ inline cuda::BlockSum block_sum(SelectShared& s, int turn, uint32_t value) {
+  const auto [before, total] = warp_sums(s, turn, value);
   // Two sums in one: shuffles and reductions of sixteen warps get in each other's way.
   const uint32_t both = __reduce_add_sync(kFullMask, total + (lane_id() < warp_id() ? total << 16 : 0));
   return {(both >> 16) + before, both & 0xffffu};
@@ -33,11 +42,7 @@ __device__ inline cuda::BlockSum block_sum(SelectShared& s, int turn, uint32_t v
 
 /// Two sums in one.
 __device__ inline void block_sums(SelectShared& s, int turn, const uint32_t (&values)[2], cuda::BlockSum (&sums)[2]) {
-  uint32_t* const totals = s.warp_totals[turn & 1];
-  const uint32_t both = values[0] | values[1] << 16, before = cuda::warp_exclusive_sum(both);
-  if (lane_id() == kWarpSize - 1) totals[warp_id()] = before + both;
-  __syncthreads();
-  const uint32_t total = lane_id() < kWarps ? totals[lane_id()] : 0;
+  const auto [before, total] = warp_sums(s, turn, values[0] | values[1] << 16);
   const uint32_t all = __reduce_add_sync(kFullMask, total);
   const uint32_t earlier = before + __reduce_add_sync(kFullMask, lane_id() < warp_id() ? total : 0);
   sums[0] = {earlier & 0xffffu, all & 0xffffu};
