@@ -34,12 +34,15 @@ struct Share {
 
   __device__ static int lane() { return cuda::lane_id() % 4; }
   __device__ static int first_query() { return lane() / kLanes; }
-  __device__ static int query(int i) { return first_query() + i / kRows * T::kGroupQueries; }
   __device__ static bool stores() { return kLanes < 4 || lane() % 2 == 0; }
   /// In a tile, of the first score; the second of two is eight further down.
   __device__ static int first_row() {
     const int half = kLanes == 1 ? 0 : kLanes == 2 ? lane() % 2 : lane() / 2;
     return threadIdx.x % cuda::kWarpgroupThreads / 32 * 16 + cuda::lane_id() / 4 + 8 * half;
+  }
+  /// Of score i from the first, in logits whose rows are `stride` apart.
+  __device__ static int64_t offset(int i, int64_t stride) {
+    return i / kRows * T::kGroupQueries * stride + 8 * (i % kRows);
   }
 };
 
@@ -79,26 +82,32 @@ __device__ void sum_own_heads(const float (&dots)[T::kColumns / 2], const float 
   }
 }
 
-/// Adds up partial sums, and those of the lanes that share a query.
+/// Adds up the partial sums that this lane has: rows[2 * set + row].
 template <class T>
-__device__ void add_partial_sums(const float (&sums)[Share<T>::kSums], float (&scores)[Share<T>::kScores]) {
+__device__ void add_own_sums(const float (&sums)[Share<T>::kSums], float (&rows)[2 * T::kSets]) {
+  constexpr int kPartials = Share<T>::kPartials;
+#pragma unroll
+  for (int i = 0; i < 2 * T::kSets; ++i) {
+    const float* const sum = sums + i / 2 * 2 * kPartials + i % 2;
+    rows[i] = kPartials == 4   ? (sum[0] + sum[4]) + (sum[2] + sum[6])
+              : kPartials == 2 ? sum[0] + sum[2]
+                               : sum[0];
+  }
+}
+
+/// Adds up the sums of the lanes that share a query.
+template <class T>
+__device__ void add_lanes(const float (&rows)[2 * T::kSets], float (&scores)[Share<T>::kScores]) {
   using S = Share<T>;
 #pragma unroll
   for (int set = 0; set < T::kSets; ++set) {
-    float rows[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float* const sum = sums + 2 * set * S::kPartials + row;
-      rows[row] = S::kPartials == 4   ? (sum[0] + sum[4]) + (sum[2] + sum[6])
-                  : S::kPartials == 2 ? sum[0] + sum[2]
-                                      : sum[0];
-    }
     if constexpr (S::kLanes == 1) {
-      scores[2 * set] = rows[0], scores[2 * set + 1] = rows[1];
+      scores[2 * set] = rows[2 * set], scores[2 * set + 1] = rows[2 * set + 1];
     } else {
-      constexpr int kOther = S::kLanes / 2;  // it holds the other half of the heads, and stores the other row
+      constexpr int kOther = S::kLanes / 2;  // it has the other half of the heads, and stores the other row
       const int second = S::lane() & kOther;
-      const float sent = select(second, rows[0], rows[1]), kept = select(second, rows[1], rows[0]);
+      const float sent = select(second, rows[2 * set], rows[2 * set + 1]);
+      const float kept = select(second, rows[2 * set + 1], rows[2 * set]);
       scores[set] = kept + __shfl_xor_sync(cuda::kFullMask, sent, kOther);
       if constexpr (S::kLanes == 4) scores[set] += __shfl_xor_sync(cuda::kFullMask, scores[set], 1);
     }

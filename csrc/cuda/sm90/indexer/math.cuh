@@ -81,29 +81,32 @@ __device__ void copy_queries(Shared<T>& shared, int stage, const CUtensorMap* ma
   cuda::copy_bulk(shared.weights[stage], weights + int64_t{query} * T::kHeads, weight_bytes, barrier);
 }
 
-/// Stores of a tile that not every query sees whole, or for which the unit has too few queries. `first_query` and
-/// `first_key`: of this lane's first score.
+/// Stores of a tile that not every query sees whole, or for which the unit has too few queries. `query`, `key` and `out`
+/// are of this lane's first score.
 template <class T, class S = Share<typename T::Own>>
-__device__ void store_edge(const Unit<T>& unit, const Logits& logits, int first_query, int first_key, bool hole,
+__device__ void store_edge(const Unit<T>& unit, const Logits& logits, int query, int key, bool hole, float* out,
                            const float (&scores)[S::kScores]) {
 #pragma unroll
   for (int i = 0; i < S::kScores; ++i) {
-    const int query = first_query + i / S::kRows * T::kGroupQueries, n = first_key + 8 * (i % S::kRows);
-    if (!S::stores() || query >= unit.queries || n >= logits.columns) continue;
-    const Window window = unit.windows[query];
+    const int set_query = query + i / S::kRows * T::kGroupQueries, n = key + 8 * (i % S::kRows);
+    if (!S::stores() || set_query >= unit.queries || n >= logits.columns) continue;
+    const Window window = unit.windows[set_query];
     const bool seen = n >= window.begin && n < window.end && !hole;
-    logits.data[(unit.row + query) * logits.stride + n] = seen ? scores[i] : -__builtin_inff();
+    out[S::offset(i, logits.stride)] = seen ? scores[i] : -__builtin_inff();
   }
 }
 
 /// Tiles are dealt to the teams in turn, over all units of the block; stages too. The warpgroups of a team share the
-/// queries of a tile. `Keys` gives the scales of a tile and says whether there are keys.
+/// queries of a tile.
 ///
-/// Nobody waits for another's products: with four warpgroups the tensor cores have work whatever one of them does.
+/// Nobody waits for another's products: with four warpgroups the tensor cores have work while some sum heads. The
+/// products of a tile are under way while the warpgroup finishes its tile before: only the sum over a lane's own heads,
+/// which needs the products, keeps it from the next ones.
 template <class T, class Keys>
 __device__ void run_math(Shared<T>& shared, const Logits& logits, const Keys& keys, int group) {
   using Own = typename T::Own;
   using S = Share<Own>;
+  constexpr bool kLate = Own::kSets == 1;  // more scores do not fit beside the products of the next tile
   const int team = group / T::kTeam, member = group % T::kTeam;
   // What the loop needs is kept at hand: a shuffle's result is not computed anew, that of a sum is.
   const auto keep = [](uint32_t x) { return __shfl_sync(cuda::kFullMask, x, 0); };
@@ -130,33 +133,42 @@ __device__ void run_math(Shared<T>& shared, const Logits& logits, const Keys& ke
     const int query = member * Own::kQueries + S::first_query();
     const bool stores = keep_own(S::stores() && (!S::kOneQuery || query < unit.queries)) != 0;
     float* out = logits.data + (unit.row + query) * logits.stride + first_key + start * kTileKeys + row;
-    float weights[Own::kColumns / 4];
+    float weights[Own::kColumns / 4], rows[2 * Own::kSets];
     load_weights<Own>(shared.weights[units.stage()] + member * Own::kColumns, weights);
+    typename Keys::Scale scale;
 
-    for (int tile = start; tile < tiles; tile += T::kTeams, ++own.count, out += T::kTeams * kTileKeys) {
-      const uint32_t barriers = base + team * sizeof(uint64_t) + own.stage() * (T::kTeams * sizeof(uint64_t));
-      cuda::wait(barriers + offsetof(Shared<T>, key_full), own.parity());
-      float dots[Own::kColumns / 2];
-      multiply<Own>(own_keys + own.stage() * (T::kTeams * T::kStageBytes / 16), queries, dots);
-      const auto scale = keys.scale(shared, own.stage() * T::kTeams + team, first_key + tile * kTileKeys + row);
-      cuda::wgmma_wait<0>();
-      cuda::wgmma_results(dots);
-      warp_arrive(barriers + static_cast<uint32_t>(offsetof(Shared<T>, key_empty)));
-      float sums[S::kSums], scores[S::kScores];
-      sum_own_heads<Own>(dots, weights, sums);
-      add_partial_sums<Own>(sums, scores);
+    const auto finish = [&](int tile) {
+      float scores[S::kScores];
+      add_lanes<Own>(rows, scores);
 #pragma unroll
       for (int i = 0; i < S::kScores; ++i) scores[i] *= scale.of_row[i % S::kRows];
       const bool inside = static_cast<unsigned>(tile - clear_begin) < static_cast<unsigned>(clear_tiles);
       if (!inside || scale.hole()) {
-        store_edge(unit, logits, query, first_key + tile * kTileKeys + row, scale.hole(), scores);
+        store_edge(unit, logits, query, first_key + tile * kTileKeys + row, scale.hole(), out, scores);
       } else if (stores) {
 #pragma unroll
-        for (int i = 0; i < S::kScores; ++i) {
-          out[i / S::kRows * T::kGroupQueries * logits.stride + 8 * (i % S::kRows)] = scores[i];
-        }
+        for (int i = 0; i < S::kScores; ++i) out[S::offset(i, logits.stride)] = scores[i];
       }
+      out += T::kTeams * kTileKeys;
+    };
+
+    int tile = start;
+    for (; tile < tiles; tile += T::kTeams, ++own.count) {
+      const uint32_t barriers = base + team * sizeof(uint64_t) + own.stage() * (T::kTeams * sizeof(uint64_t));
+      cuda::wait(barriers + offsetof(Shared<T>, key_full), own.parity());
+      float dots[Own::kColumns / 2];
+      multiply<Own>(own_keys + own.stage() * (T::kTeams * T::kStageBytes / 16), queries, dots);
+      if (kLate && tile != start) finish(tile - T::kTeams);
+      scale = keys.scale(shared, own.stage() * T::kTeams + team, first_key + tile * kTileKeys + row);
+      cuda::wgmma_wait<0>();
+      cuda::wgmma_results(dots);
+      warp_arrive(barriers + static_cast<uint32_t>(offsetof(Shared<T>, key_empty)));
+      float sums[S::kSums];
+      sum_own_heads<Own>(dots, weights, sums);
+      add_own_sums<Own>(sums, rows);
+      if constexpr (!kLate) finish(tile);
     }
+    if (kLate && tile != start) finish(tile - T::kTeams);
     before += tiles;
     warp_arrive(&shared.unit_empty[units.stage()]);
   }
