@@ -11,7 +11,7 @@ namespace indexcache::sm90::indexer {
 struct DenseCall {
   IndexerLogitsParams p;
   CUtensorMap queries;  // of queries_map()
-  CUtensorMap keys;     // e4m3 [keys, dim] in tiles of kKeys rows
+  CUtensorMap keys;     // e4m3 [keys, dim] in tiles of kTileKeys rows
   int query_blocks;  // of kQueries
   int units;         // query_blocks for every chunk of keys
   int chunk_tiles;
@@ -33,33 +33,36 @@ __device__ Visible visible(const DenseCall& call, int unit) {
   const int chunk = unit / call.query_blocks * call.chunk_tiles;
   const bool exists = cuda::lane_id() < T::kQueries && query < p.queries;
   Visible v;
-  v.chunk_begin = chunk * T::kKeys;
-  v.chunk_end = static_cast<int>(min(p.keys, (int64_t{chunk} + call.chunk_tiles) * T::kKeys));
+  v.chunk_begin = chunk * kTileKeys;
+  v.chunk_end = static_cast<int>(min(p.keys, (int64_t{chunk} + call.chunk_tiles) * kTileKeys));
   v.window.begin = exists ? max(p.starts[query], 0) : 0;
   v.window.end = exists ? static_cast<int>(min(p.keys, int64_t{p.ends[query]})) : 0;
   const bool empty = v.window.begin >= v.window.end;
   const int begin = max(v.chunk_begin, __reduce_min_sync(cuda::kFullMask, empty ? INT_MAX : v.window.begin));
   const int end = min(v.chunk_end, __reduce_max_sync(cuda::kFullMask, empty ? 0 : v.window.end));
-  v.first_tile = begin < end ? begin / T::kKeys : chunk;
-  v.end_tile = begin < end ? static_cast<int>(ceil_div(end, T::kKeys)) : v.first_tile;
-  const bool present = cuda::lane_id() < T::kQueries;
+  v.first_tile = begin < end ? begin / kTileKeys : chunk;
+  v.end_tile = begin < end ? static_cast<int>(ceil_div(end, kTileKeys)) : v.first_tile;
+  const bool present = Share<typename T::Own>::kOneQuery ? exists : cuda::lane_id() < T::kQueries;
   const int clear_begin = __reduce_max_sync(cuda::kFullMask, present ? (empty ? INT_MAX : v.window.begin) : 0);
   const int clear_end = __reduce_min_sync(cuda::kFullMask, present ? (empty ? 0 : v.window.end) : INT_MAX);
-  v.clear_begin = max(0, clear_begin / T::kKeys + (clear_begin % T::kKeys != 0) - v.first_tile);
-  v.clear_end = max(v.clear_begin, clear_end / T::kKeys - v.first_tile);
+  v.clear_begin = clear_begin / kTileKeys + (clear_begin % kTileKeys != 0) - v.first_tile;
+  v.clear_end = max(v.clear_begin, clear_end / kTileKeys - v.first_tile);
   return v;
 }
 
-/// Scales come straight from global memory, beside the next products, so that they need no alignment.
-template <class T>
+/// The scales of a tile come straight from global memory while it is multiplied, so that they need no alignment.
 struct DenseKeys {
-  struct Scale {};
+  struct Scale {
+    float of_row[2];
+    __device__ static bool hole() { return false; }
+  };
   const float* scales;
+  int last;  // key
 
-  __device__ static bool hole(const Shared<T>&, int) { return false; }
-  __device__ static Scale scale(const Shared<T>&, int) { return {}; }
-  /// Of row 8 * i from this one; the key exists.
-  __device__ float at(Scale, int key, int i) const { return scales[key + 8 * i]; }
+  template <class T>
+  __device__ Scale scale(const Shared<T>&, int, int key) const {
+    return {scales[min(key, last)], scales[min(key + 8, last)]};
+  }
 };
 
 /// One warp.
@@ -82,9 +85,8 @@ __device__ void produce_dense(Shared<T>& shared, const DenseCall& call) {
     if (cuda::elect()) {
       unit.row = query;
       unit.queries = queries;
-      unit.first_key = v.first_tile * T::kKeys;
+      unit.first_key = v.first_tile * kTileKeys;
       unit.tiles = tiles;
-      unit.before = keys.count;
       unit.clear_begin = v.clear_begin;
       unit.clear_end = v.clear_end;
       copy_queries(shared, stage, &call.queries, p.weights, query, queries);
@@ -92,7 +94,7 @@ __device__ void produce_dense(Shared<T>& shared, const DenseCall& call) {
       for (int tile = v.first_tile; tile < v.end_tile; ++tile, ++slot.count) {
         cuda::wait(&shared.key_empty[slot.stage()], slot.parity() ^ 1);
         cuda::arrive_expecting(&shared.key_full[slot.stage()], T::kKeyBytes);
-        cuda::copy_tile(shared.keys[slot.stage()], &call.keys, 0, tile * T::kKeys, &shared.key_full[slot.stage()]);
+        cuda::copy_tile(shared.keys[slot.stage()], &call.keys, 0, tile * kTileKeys, &shared.key_full[slot.stage()]);
       }
     }
     __syncwarp();
@@ -111,8 +113,8 @@ __device__ void fill_dense(const DenseCall& call, int warp) {
     const int queries = static_cast<int>(min(int64_t{T::kQueries}, call.p.queries - query));
     for (int row = 0; row < queries; ++row) {
       float* const logits = call.p.logits + (query + row) * call.p.logits_stride;
-      fill(logits, v.chunk_begin, v.first_tile * T::kKeys);
-      fill(logits, int64_t{v.end_tile} * T::kKeys, v.chunk_end);
+      fill(logits, v.chunk_begin, v.first_tile * kTileKeys);
+      fill(logits, int64_t{v.end_tile} * kTileKeys, v.chunk_end);
     }
   }
 }
@@ -138,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, 1) dense_kernel(const __grid_constan
     }
   } else {
     cuda::take_registers<kMathRegisters>();
-    const Logits logits{call.p.logits, call.p.logits_stride, static_cast<int>(call.p.keys)};
-    run_math(shared, logits, DenseKeys<T>{call.p.k_scale}, warpgroup - 1);
+    const int keys = static_cast<int>(call.p.keys);
+    run_math(shared, {call.p.logits, call.p.logits_stride, keys}, DenseKeys{call.p.k_scale, keys - 1}, warpgroup - 1);
   }
 }
 

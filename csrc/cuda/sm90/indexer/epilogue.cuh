@@ -22,7 +22,7 @@ __device__ inline float select(int choose, float a, float b) {
 }
 
 /// What a lane of a quad has of a warpgroup's tile: two rows (eight apart) and, of each set of queries, one query, or a
-/// part of one that kLanes lanes share. They exchange rows, so that each adds up and stores one; four lanes store twice.
+/// part of one that kLanes lanes share. They exchange rows, so that each adds up and stores one.
 template <class T>
 struct Share {
   static constexpr int kLanes = 4 / T::kGroupQueries;
@@ -30,9 +30,11 @@ struct Share {
   static constexpr int kSums = 2 * T::kSets * kPartials;
   static constexpr int kRows = kLanes == 1 ? 2 : 1;  // that a lane stores
   static constexpr int kScores = T::kSets * kRows;   // score i is of set i / kRows
+  static constexpr bool kOneQuery = T::kSets == 1;   // then a missing query is a missing lane
 
   __device__ static int lane() { return cuda::lane_id() % 4; }
   __device__ static int first_query() { return lane() / kLanes; }
+  __device__ static bool stores() { return kLanes < 4 || lane() % 2 == 0; }
   /// In a tile, of the first score; the second of two is eight further down.
   __device__ static int first_row() {
     const int half = kLanes == 1 ? 0 : kLanes == 2 ? lane() % 2 : lane() / 2;

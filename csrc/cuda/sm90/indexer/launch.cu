@@ -22,16 +22,16 @@ bool aligned(const void* data) { return cuda::aligned(data, 16); }
 template <int dim>
 constexpr cuda::Swizzle kSwizzle = dim == 128 ? cuda::Swizzle::bytes128 : cuda::Swizzle::bytes64;
 
-/// e4m3 [keys, dim] in tiles of kKeys.
-template <class T>
+/// e4m3 [keys, dim] in tiles of kTileKeys.
+template <int dim>
 CUtensorMap keys_map(const char* op, const void* data, int64_t keys) {
   return cuda::tensor_map(op, {.type = CU_TENSOR_MAP_DATA_TYPE_UINT8,
                                .data = data,
                                .rank = 2,
-                               .sizes = {T::kDim, static_cast<uint64_t>(keys)},
-                               .strides = {T::kDim},
-                               .tile = {T::kDim, T::kKeys},
-                               .swizzle = kSwizzle<T::kDim>});
+                               .sizes = {dim, static_cast<uint64_t>(keys)},
+                               .strides = {dim},
+                               .tile = {dim, kTileKeys},
+                               .swizzle = kSwizzle<dim>});
 }
 
 /// e4m3 [queries, heads, dim] in sets: a few heads of each query of the set, then the next few of each, and so on.
@@ -49,15 +49,15 @@ CUtensorMap queries_map(const char* op, const void* data, int64_t queries) {
 
 template <int heads, int dim>
 void run_dense(const IndexerLogitsParams& p, Stream stream) {
-  using T = DenseTile<heads, dim>;
+  using T = Tile<heads, kDenseColumns / heads, dim>;
   const char* op = "indexer_logits";
   const int sms = cuda::sm_count();
-  const int64_t blocks = ceil_div(p.queries, T::kQueries), tiles = ceil_div(p.keys, T::kKeys);
-  const int64_t chunk_tiles = unit_tiles(blocks, tiles, T::kKeys, sms);
+  const int64_t blocks = ceil_div(p.queries, T::kQueries), tiles = ceil_div(p.keys, kTileKeys);
+  const int64_t chunk_tiles = unit_tiles(blocks, tiles, sms);
   const int64_t units = blocks * ceil_div(tiles, chunk_tiles);
   const DenseCall call{.p = p,
                        .queries = queries_map<T>(op, p.q, p.queries),
-                       .keys = keys_map<T>(op, p.k, p.keys),
+                       .keys = keys_map<dim>(op, p.k, p.keys),
                        .query_blocks = static_cast<int>(blocks),
                        .units = static_cast<int>(units),
                        .chunk_tiles = static_cast<int>(chunk_tiles)};
@@ -66,11 +66,11 @@ void run_dense(const IndexerLogitsParams& p, Stream stream) {
 
 template <int heads, int queries, int dim>
 void run_paged(const IndexerLogitsPagedParams& p, Stream stream) {
-  using T = PagedTile<heads, queries, dim>;
+  using T = Tile<heads, queries, dim>;
   const char* op = "indexer_logits_paged";
   const int64_t groups = ceil_div(p.queries_per_request, queries);
-  const int64_t most_keys = std::min(p.columns, p.table_pages * kPartKeys);
-  const int64_t most_pages = p.requests * groups * ceil_div(p.columns, kPartKeys);
+  const int64_t most_keys = std::min(p.columns, p.table_pages * kTileKeys);
+  const int64_t most_pages = p.requests * groups * ceil_div(p.columns, kTileKeys);
   const auto blocks = static_cast<int>(std::min<int64_t>(most_pages, cuda::sm_count()));
   const int64_t page_stride = p.cache.pages == 1 ? T::kPageBytes : p.cache.page_stride;
   const PagedCall call{

@@ -51,7 +51,7 @@ __device__ int visible_pages(const PagedCall& call, const Group& group) {
   for (int i = 0; i < T::kQueries; ++i) {
     if (i < group.queries) keys = max(keys, visible_keys(call, group.row + i));
   }
-  return keys / kPartKeys + (keys % kPartKeys != 0);
+  return keys / kTileKeys + (keys % kTileKeys != 0);
 }
 
 /// A run of pages in the list of all groups' pages.
@@ -101,11 +101,13 @@ __device__ inline void prefetch_table(const PagedCall& call) {
   cuda::prefetch_l2(reinterpret_cast<const char*>(call.p.block_table) + line);
 }
 
-/// The scales of a page follow its keys, swizzled as they are. A hole scores -inf, which a scale of 1 leaves.
+/// The scales of a page follow its keys, swizzled as they are.
 template <class T>
 struct PagedKeys {
   struct Scale {
     float of_row[2];
+    bool missing;
+    __device__ bool hole() const { return missing; }
   };
   int offset[2];  // in a stage
 
@@ -114,13 +116,11 @@ struct PagedKeys {
     const int byte = T::kKeyBytes + 4 * row;
     return byte ^ (byte >> 7 & (T::kDim / 16 - 1)) << 4;
   }
-  __device__ static bool hole(const Shared<T>& shared, int stage) { return shared.hole[stage] != 0; }
-  __device__ Scale scale(const Shared<T>& shared, int stage) const {
+  __device__ Scale scale(const Shared<T>& shared, int stage, int) const {
     const uint8_t* const keys = shared.keys[stage];
-    const auto at = [&](int i) { return hole(shared, stage) ? 1 : *reinterpret_cast<const float*>(keys + offset[i]); };
-    return {{at(0), at(1)}};
+    return {{*reinterpret_cast<const float*>(keys + offset[0]), *reinterpret_cast<const float*>(keys + offset[1])},
+            shared.hole[stage] != 0};
   }
-  __device__ float at(const Scale& scale, int, int i) const { return scale.of_row[i]; }
 };
 
 /// The copies of `tiles` pages, whose entries `table` holds. An entry that names no page leaves a hole: no copy, and
@@ -150,10 +150,11 @@ __device__ void produce_pages(Shared<T>& shared, const PagedCall& call, const in
 /// Fills a unit's stage but for its keys. All lanes of a warp.
 template <class T>
 __device__ void produce_unit(Shared<T>& shared, const PagedCall& call, const Group& group, int page, int tiles,
-                             unsigned before, const Ring<T::kUnitStages>& units) {
+                             const Ring<T::kUnitStages>& units) {
   const int stage = units.stage(), lane = cuda::lane_id();
   const int keys = lane < group.queries ? visible_keys(call, group.row + lane) : 0;
-  const int clear_end = __reduce_min_sync(cuda::kFullMask, lane < T::kQueries ? keys : INT_MAX);
+  const int deciding = Share<typename T::Own>::kOneQuery ? group.queries : T::kQueries;
+  const int clear_end = __reduce_min_sync(cuda::kFullMask, lane < deciding ? keys : INT_MAX);
   cuda::wait(&shared.unit_empty[stage], units.parity() ^ 1);
   Unit<T>& unit = shared.units[stage];
   if (lane < T::kQueries) unit.windows[lane] = {0, keys};
@@ -161,11 +162,10 @@ __device__ void produce_unit(Shared<T>& shared, const PagedCall& call, const Gro
   if (cuda::elect()) {
     unit.row = group.row;
     unit.queries = group.queries;
-    unit.first_key = page * kPartKeys;
+    unit.first_key = page * kTileKeys;
     unit.tiles = tiles;
-    unit.before = before;
     unit.clear_begin = 0;
-    unit.clear_end = max(0, clear_end / kPartKeys - page);
+    unit.clear_end = max(0, clear_end / kTileKeys - page);
     copy_queries(shared, stage, &call.queries, call.p.weights, group.row, group.queries);
   }
 }
@@ -192,7 +192,7 @@ __device__ void produce_paged(Shared<T>& shared, const PagedCall& call, Run run)
       const int tiles = static_cast<int>(min(int64_t{pages - page}, run.pages));
       const int32_t* const table = call.p.block_table + group.request * call.p.table_pages + page;
       const int entry = cuda::lane_id() < tiles ? table[cuda::lane_id()] : -1;
-      produce_unit(shared, call, group, page, tiles, keys.count, units);
+      produce_unit(shared, call, group, page, tiles, units);
       produce_pages(shared, call, table, entry, tiles, policy, keys);
       ++units.count;
       run.skip = 0;
@@ -213,7 +213,7 @@ __device__ void fill_paged(const PagedCall& call, int warp) {
     const unsigned query = row - request * static_cast<unsigned>(p.queries_per_request);
     const int64_t begin = int64_t{i - row * slices} * kFillColumns;
     const Group group = group_of<T>(call, request * call.groups_per_request + query / T::kQueries);
-    const int64_t covered = int64_t{visible_pages<T>(call, group)} * kPartKeys;
+    const int64_t covered = int64_t{visible_pages<T>(call, group)} * kTileKeys;
     fill(p.logits + row * p.logits_stride, max(begin, covered), min(begin + kFillColumns, p.columns));
   }
 }

@@ -1,4 +1,4 @@
 #include "csrc/cuda/sm90/indexer/instance.cuh"
 
-template void indexcache::sm90::indexer::launch_dense<indexcache::sm90::indexer::DenseTile<16, 128>>(
+template void indexcache::sm90::indexer::launch_dense<indexcache::sm90::indexer::Tile<16, 16, 128>>(
     const DenseCall&, int, CUstream_st*);

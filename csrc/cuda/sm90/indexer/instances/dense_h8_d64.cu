@@ -1,4 +1,4 @@
 #include "csrc/cuda/sm90/indexer/instance.cuh"
 
-template void indexcache::sm90::indexer::launch_dense<indexcache::sm90::indexer::DenseTile<8, 64>>(
+template void indexcache::sm90::indexer::launch_dense<indexcache::sm90::indexer::Tile<8, 32, 64>>(
     const DenseCall&, int, CUstream_st*);

@@ -1,4 +1,4 @@
 #include "csrc/cuda/sm90/indexer/instance.cuh"
 
-template void indexcache::sm90::indexer::launch_paged<indexcache::sm90::indexer::PagedTile<16, 4, 128>>(
+template void indexcache::sm90::indexer::launch_paged<indexcache::sm90::indexer::Tile<16, 4, 128>>(
     const PagedCall&, int, CUstream_st*);
