@@ -147,7 +147,8 @@ def _ranks(args: argparse.Namespace) -> Iterator[tuple[bool, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The ranks tell each other losses by gloo, which notices at once that one is gone; nccl waits for its watchdog.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank() == 0, device
     finally:

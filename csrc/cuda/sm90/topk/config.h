@@ -56,16 +56,18 @@ INDEXCACHE_HOST_DEVICE constexpr int sample_size(int length) {
 /// in use.
 struct ManyRows {
   static constexpr int kStages = 2;   // of f32 in the ring, each of kOwn columns of all threads
+  static constexpr int kAhead = 2;    // of them on the way at once
   static constexpr int kListed = 11;  // candidates per thread; odd, so that neighbours meet no bank twice
   static constexpr int kBatch = 1;    // rounds whose candidates are placed together
   static constexpr int kBlocksPerSm = 2;
   static constexpr bool kApart = false;  // where the bins are
 };
 
-/// Few rows, a cluster each: a block has the SM for itself, and most or all of its part of the row is on the way at
-/// once.
+/// Few rows, a cluster each: a block has the SM for itself. 64 KiB on the way, as with many rows: what is asked for at
+/// once arrives at once, in the end, and then there is nothing to list it behind.
 struct FewRows {
   static constexpr int kStages = 4;
+  static constexpr int kAhead = 2;
   static constexpr int kListed = 13;
   static constexpr int kBatch = 1;
   static constexpr int kBlocksPerSm = 1;
@@ -74,6 +76,7 @@ struct FewRows {
 
 /// So long that listing, not reading, takes the time.
 struct FewLongestRows : FewRows {
+  static constexpr int kAhead = 4;
   static constexpr int kBatch = 2;
 };
 inline constexpr int64_t kLongestSlice = 32'768;  // columns per block up to which reading takes the time

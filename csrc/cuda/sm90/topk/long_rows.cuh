@@ -27,14 +27,14 @@ __device__ inline uint32_t collect(Shared& s, const Reader& reader, const Thresh
   for (int first = 0; first < reader.rounds(); first += kBatch) {
     uint32_t masks[kBatch], hits[kBatch];
     cuda::BlockSum sums[kBatch];
-    reader.template wait<0>();
+    reader.wait(first);
     masks[0] = reader.above(first, below);
     hits[0] = __popc(masks[0]);
     if constexpr (kBatch == 1) {
       sums[0] = block_sum(s.shared, first, hits[0]);
     } else {
       static_assert(kBatch == 2);
-      reader.template wait<1>();
+      reader.template wait<1>(first);
       masks[1] = reader.above(first + 1, below);
       hits[1] = __popc(masks[1]);
       block_sums(s.shared, first / kBatch, hits, sums);
@@ -120,7 +120,7 @@ __device__ inline uint32_t find_ties(SelectShared& s, int32_t* ties, const Reade
   uint32_t found = 0;
   row.start();
   for (int round = 0; round < row.rounds() && found < wanted; ++round) {
-    row.template wait<0>();
+    row.wait(round);
     uint32_t mask = row.equal(round, score);
     const cuda::BlockSum sum = block_sum(s, round, __popc(mask));
     uint32_t position = found + sum.before;
@@ -200,7 +200,7 @@ __device__ inline void list_best(Shared& s, uint32_t all, int log_parts, uint32_
 }
 
 template <class T, class Rows>
-using RowReader = Reader<T, Rows::kStages * 4 / static_cast<int>(sizeof(T))>;
+using RowReader = Reader<T, Rows::kStages * 4 / sizeof(T), Rows::kAhead * 4 / sizeof(T)>;
 
 template <class T, class Rows>
 __device__ inline RowReader<T, Rows> make_reader(LongRowShared<Rows>& s, const Row<T>& row, int rank, int blocks) {

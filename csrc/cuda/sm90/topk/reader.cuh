@@ -7,8 +7,9 @@
 namespace indexcache::sm90::radix_topk {
 
 /// What a block reads of the columns [begin, end) of a row: steps of 32 x kOwn columns, kOwn neighbouring ones per
-/// lane. Its warps take 16 steps together, in a round, each its own; `kStages` rounds are on the way at once.
-template <class T, int kStages>
+/// lane. Its warps take 16 steps together, in a round, each its own. There is room for `kStages` rounds, and `kAhead` are
+/// on the way at once: if that is fewer, another is asked for when one has arrived, and not after the last look at it.
+template <class T, int kStages, int kAhead = kStages>
 class Reader {
  public:
   static constexpr int kStep = kWarpSize * kOwn, kStepBytes = kStep * static_cast<int>(sizeof(T));
@@ -33,18 +34,21 @@ class Reader {
   /// Starts the copy of the first rounds.
   __device__ void start() const {
 #pragma unroll 1
-    for (int round = 0; round < kStages; ++round) fetch(round);
+    for (int round = 0; round < kAhead; ++round) fetch(round);
   }
-  /// Waits until the next round and `kMore` after it have arrived.
-  template <int kMore>
-  __device__ void wait() const {
-    cuda::wait_for_copies<kStages - 1 - kMore>();
+  /// Waits until `round` and `kMore` after it have arrived.
+  template <int kMore = 0>
+  __device__ void wait(int round) const {
+    static_assert(kMore == 0 || kAhead == kStages);
+    cuda::wait_for_copies<kAhead - 1 - kMore>();
     __syncwarp();
+    if constexpr (kAhead < kStages) fetch(round + kAhead);
   }
   /// After this warp's last look at `round`: starts the copy that takes its place.
   __device__ void release(int round) const {
+    if constexpr (kAhead < kStages) return;
     __syncwarp();
-    fetch(round + kStages);
+    fetch(round + kAhead);
   }
   /// Waits for what is still on the way, so that there can be another start().
   __device__ void settle() const { cuda::wait_for_copies<0>(); }

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kShortBlocksPerSm) short_rows_kernel
   reader.start();
   row.set_window(p, index);
   clear(s.bins);
-  reader.template wait<0>();
+  reader.wait(0);
   __syncthreads();
 
   const int first = reader.column(0);
