@@ -96,6 +96,7 @@ INDEXER = (
         for values in ("magnitudes", "zeros", "nan")
     ),
     IndexerCase(tokens=19, keys=900, heads=64, windows="random"),  # several tiles, and a block of too few queries
+    IndexerCase(tokens=1, keys=9001, heads=32, windows="full"),  # one query for all SMs
     IndexerCase(tokens=0),
     IndexerCase(keys=0, windows="full"),
     IndexerCase(heads=0),

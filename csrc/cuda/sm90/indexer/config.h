@@ -24,11 +24,12 @@ inline constexpr int kMathWarpgroups = 4;
 inline constexpr int kThreads = 128 * (1 + kMathWarpgroups);
 inline constexpr int kMathWarps = 4 * kMathWarpgroups;
 inline constexpr int kFillWarps = 3;
-// 64 accumulators and 32 weights per math thread. What the math warpgroups take must be what the producer gives: a block
-// starts with as many registers per thread as the SM has for it, in eights, and no warpgroup waits for more.
+// 64 accumulators and 32 weights per math thread. The math warpgroups can take no more than the producer gives: a block
+// starts with as many registers per thread as the SM has for it, in eights, and waits forever for others.
 inline constexpr int kProducerRegisters = 32;
 inline constexpr int kMathRegisters = 112;
-static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <= (1 + kMathWarpgroups) * (65536 / kThreads / 8 * 8));
+inline constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <= (1 + kMathWarpgroups) * kStartRegisters);
 
 /// Columns of a dense tile, for a team of two warpgroups. 256 halves the L2 traffic per product of 128.
 inline constexpr int kDenseColumns = 256;

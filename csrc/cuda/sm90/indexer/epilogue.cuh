@@ -1,10 +1,12 @@
 // From a tile of dot products to scores: relu, weights, the sum over heads, the scale of the key, the store.
 //
-// The sum over heads has one order everywhere: four partial sums, of the heads h with h / 2 % 4 = 0, 1, 2 and 3, each with
-// h rising; then 0 + 2 and 1 + 3; then the two. So a score has the same bits in every tile, split and cache layout.
+// The sum over heads has one order everywhere: four partial sums, of the heads h with h / 2 % 4 = 0, 1, 2 and 3, each
+// with h rising; then 0 + 2 and 1 + 3; then the two. So a score has the same bits in every tile, split and cache
+// layout.
 #pragma once
 
 #include "csrc/cuda/common/warp.cuh"
+#include "csrc/cuda/common/wgmma.cuh"
 #include "csrc/cuda/sm90/indexer/config.h"
 
 namespace indexcache::sm90::indexer {

@@ -75,14 +75,14 @@ __device__ void copy_queries(Shared<T>& shared, int stage, const CUtensorMap* ma
   cuda::arrive_expecting(barrier, T::kQueryBytes + weight_bytes);
 #pragma unroll 1
   for (int set = 0; set < T::kSets; ++set) {
-    cuda::copy_tile(shared.queries[stage] + set * T::kSetColumns * T::kDim, map, 0, 0, query + set * T::kGroupQueries, 0,
-                    barrier);
+    uint8_t* const to = shared.queries[stage] + set * T::kSetColumns * T::kDim;
+    cuda::copy_tile(to, map, 0, 0, query + set * T::kGroupQueries, 0, barrier);
   }
   cuda::copy_bulk(shared.weights[stage], weights + int64_t{query} * T::kHeads, weight_bytes, barrier);
 }
 
-/// Stores of a tile that not every query sees whole, or for which the unit has too few queries. `query`, `key` and `out`
-/// are of this lane's first score.
+/// Stores of a tile that not every query sees whole, or for which the unit has too few queries. `query`, `key` and
+/// `out` are of this lane's first score.
 template <class T, class S = Share<typename T::Own>>
 __device__ void store_edge(const Unit<T>& unit, const Logits& logits, int query, int key, bool hole, float* out,
                            const float (&scores)[S::kScores]) {
