@@ -90,7 +90,13 @@ INDEXER = (
     *(IndexerCase(tokens=5, keys=keys, windows="random") for keys in (1, 3, 4, 63, 64, 65, 255, 256, 1027)),
     *(IndexerCase(tokens=tokens, keys=301, heads=16, windows="ragged") for tokens in (1, 2, 64, 67, 130)),
     *(IndexerCase(dim=dim, heads=3) for dim in (1, 7, 16, 40, 64, 96, 256)),
-    *(IndexerCase(values=values, heads=20, windows="full") for values in ("magnitudes", "zeros", "nan")),
+    *(
+        IndexerCase(values=values, heads=heads, windows="full")
+        for heads in (8, 20, 32, 64)
+        for values in ("magnitudes", "zeros", "nan")
+    ),
+    IndexerCase(tokens=19, keys=900, heads=64, windows="random"),  # several tiles, and a block of too few queries
+    IndexerCase(tokens=1, keys=9001, heads=32, windows="full"),  # one query for all SMs
     IndexerCase(tokens=0),
     IndexerCase(keys=0, windows="full"),
     IndexerCase(heads=0),
@@ -104,10 +110,14 @@ INDEXER = (
 PAGED_INDEXER = (
     PagedIndexerCase(),
     *(PagedIndexerCase(heads=heads, queries=2) for heads in (1, 16, 20, 32, 64, 128)),
-    *(PagedIndexerCase(queries=queries, heads=16) for queries in (3, 4)),
+    *(PagedIndexerCase(queries=queries, heads=heads) for heads in (16, 32, 64) for queries in (1, 3, 4)),
     PagedIndexerCase(lengths=(0, -7, INT_MIN, 3)),
     PagedIndexerCase(lengths=(INT_MAX, 1000, 256, 257), max_context_len=300),  # longer than table and columns
     PagedIndexerCase(lengths=(256, 255, 100), holes=True, max_context_len=256, table_pages=4),
+    *(
+        PagedIndexerCase(lengths=(1280, 1000), holes=True, heads=64, queries=q, max_context_len=1280, table_pages=20)
+        for q in (1, 2)
+    ),
     PagedIndexerCase(lengths=(256, 130), holes=True, queries=4, page_extra=64, spare_pages=1),
     PagedIndexerCase(lengths=(90, 128), max_context_len=37, page_extra=256),
     PagedIndexerCase(lengths=(90, 128), dim=64, page_extra=3),

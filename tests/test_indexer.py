@@ -193,14 +193,15 @@ def test_slots_are_those_of_the_block_table(device: str, case: SlotsCase) -> Non
         assert_out_variant("to_slots", arguments, slots)
 
 
-def test_nan_of_a_quantised_vector_is_never_selected(device: str) -> None:
+@pytest.mark.parametrize("heads", [8, 32, 64])
+def test_nan_of_a_quantised_vector_is_never_selected(device: str, heads: int) -> None:
     """A key that is not finite scores NaN for every query and drops out; a bad query selects nothing."""
     k = torch.randn(200, 128, generator=torch.Generator().manual_seed(1)).to(device)
     k[3, 7], k[150, 0] = torch.nan, torch.inf
-    q = torch.randn(4, 8, 128, generator=torch.Generator().manual_seed(2)).to(device)
+    q = torch.randn(4, heads, 128, generator=torch.Generator().manual_seed(2)).to(device)
     q[2, 5, 100] = -torch.inf
     k8, k_scale = ops.quantize_index_k(k, None, None, None, None)
-    q8, weights = ops.quantize_index_q(q, torch.ones(4, 8, device=device), None, None, scale=1.0)
+    q8, weights = ops.quantize_index_q(q, torch.ones(4, heads, device=device), None, None, scale=1.0)
     starts, ends = torch.zeros(4, dtype=torch.int32, device=device), torch.full((4,), 200, dtype=torch.int32).to(device)
     logits = ops.indexer_logits(q8, k8, k_scale, weights, starts, ends)
     assert logits[:, [3, 150]].isnan().all() and logits[2].isnan().all()

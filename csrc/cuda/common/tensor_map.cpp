@@ -39,7 +39,7 @@ constexpr CUtensorMapSwizzle driver_swizzle(Swizzle swizzle) {
 
 CUtensorMap tensor_map(const char* op, const TensorMapShape& shape) {
   static const Encode encode = find_encode();
-  constexpr cuuint32_t kDense[3] = {1, 1, 1};
+  constexpr cuuint32_t kDense[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result =
       encode(&map, shape.type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(shape.data), shape.sizes.data(),

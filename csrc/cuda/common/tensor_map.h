@@ -10,14 +10,14 @@ namespace indexcache::cuda {
 
 enum class Swizzle { none, bytes64, bytes128 };
 
-/// A tensor of up to three dimensions, the contiguous one first. Address and strides are multiples of 16 bytes.
+/// A tensor of up to four dimensions, the contiguous one first. Address and strides are multiples of 16 bytes.
 struct TensorMapShape {
   CUtensorMapDataType type;
   const void* data;
   int rank;
-  std::array<uint64_t, 3> sizes;
-  std::array<uint64_t, 2> strides;  // bytes, of the second and third dimension
-  std::array<uint32_t, 3> tile;     // up to 256 each
+  std::array<uint64_t, 4> sizes;
+  std::array<uint64_t, 3> strides;  // bytes, of the second dimension and those after it
+  std::array<uint32_t, 4> tile;     // up to 256 each
   Swizzle swizzle;
 };
 

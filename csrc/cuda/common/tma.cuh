@@ -47,6 +47,14 @@ __device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y,
       : "memory");
 }
 
+__device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y, int z, int w, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier))
+      : "memory");
+}
+
 /// `policy`: of l2_policy.cuh.
 __device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y, int z, uint64_t* barrier,
                                  uint64_t policy) {

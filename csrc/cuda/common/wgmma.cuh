@@ -64,12 +64,6 @@ __device__ inline void wgmma_results(float (&d)[kCount]) {
 #define INDEXCACHE_R32_63                                                               \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
   "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define INDEXCACHE_R64_95                                                               \
-  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84," \
-  "%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define INDEXCACHE_R96_127                                                                          \
-  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115," \
-  "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 /// d (+)= A * B over one step of K, for N columns.
 template <int N>
@@ -93,16 +87,8 @@ INDEXCACHE_WGMMA(32, INDEXCACHE_R0_15, "%16", "%17", "%18", INDEXCACHE_D16(0))
 INDEXCACHE_WGMMA(64, INDEXCACHE_R0_15 "," INDEXCACHE_R16_31, "%32", "%33", "%34", INDEXCACHE_D32(0))
 INDEXCACHE_WGMMA(128, INDEXCACHE_R0_15 "," INDEXCACHE_R16_31 "," INDEXCACHE_R32_63, "%64", "%65", "%66",
                  INDEXCACHE_D32(0), INDEXCACHE_D32(32))
-INDEXCACHE_WGMMA(192, INDEXCACHE_R0_15 "," INDEXCACHE_R16_31 "," INDEXCACHE_R32_63 "," INDEXCACHE_R64_95, "%96", "%97",
-                 "%98", INDEXCACHE_D32(0), INDEXCACHE_D32(32), INDEXCACHE_D32(64))
-INDEXCACHE_WGMMA(256,
-                 INDEXCACHE_R0_15 "," INDEXCACHE_R16_31 "," INDEXCACHE_R32_63 "," INDEXCACHE_R64_95
-                                  "," INDEXCACHE_R96_127,
-                 "%128", "%129", "%130", INDEXCACHE_D32(0), INDEXCACHE_D32(32), INDEXCACHE_D32(64), INDEXCACHE_D32(96))
 
 #undef INDEXCACHE_WGMMA
-#undef INDEXCACHE_R96_127
-#undef INDEXCACHE_R64_95
 #undef INDEXCACHE_R32_63
 #undef INDEXCACHE_R16_31
 #undef INDEXCACHE_R0_15

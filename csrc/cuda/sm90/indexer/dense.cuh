@@ -10,7 +10,7 @@ namespace indexcache::sm90::indexer {
 
 struct DenseCall {
   IndexerLogitsParams p;
-  CUtensorMap queries;  // e4m3 [queries * heads, dim] in tiles of kColumns rows
+  CUtensorMap queries;  // of queries_map()
   CUtensorMap keys;     // e4m3 [keys, dim] in tiles of kTileKeys rows
   int query_blocks;  // of kQueries
   int units;         // query_blocks for every chunk of keys
@@ -42,7 +42,7 @@ __device__ Visible visible(const DenseCall& call, int unit) {
   const int end = min(v.chunk_end, __reduce_max_sync(cuda::kFullMask, empty ? 0 : v.window.end));
   v.first_tile = begin < end ? begin / kTileKeys : chunk;
   v.end_tile = begin < end ? static_cast<int>(ceil_div(end, kTileKeys)) : v.first_tile;
-  const bool present = Share<T>::kOneQuery ? exists : cuda::lane_id() < T::kQueries;
+  const bool present = Share<typename T::Own>::kOneQuery ? exists : cuda::lane_id() < T::kQueries;
   const int clear_begin = __reduce_max_sync(cuda::kFullMask, present ? (empty ? INT_MAX : v.window.begin) : 0);
   const int clear_end = __reduce_min_sync(cuda::kFullMask, present ? (empty ? 0 : v.window.end) : INT_MAX);
   v.clear_begin = clear_begin / kTileKeys + (clear_begin % kTileKeys != 0) - v.first_tile;
@@ -50,7 +50,7 @@ __device__ Visible visible(const DenseCall& call, int unit) {
   return v;
 }
 
-/// The scales of a tile come straight from global memory, a tile ahead of their use, so that they need no alignment.
+/// The scales of a tile come straight from global memory while it is multiplied, so that they need no alignment.
 struct DenseKeys {
   struct Scale {
     float of_row[2];
@@ -60,8 +60,8 @@ struct DenseKeys {
   int last;  // key
 
   template <class T>
-  __device__ Scale scale(const Shared<T>&, int, int first, int row) const {
-    return {__ldg(scales + min(first + row, last)), __ldg(scales + min(first + row + 8, last))};
+  __device__ Scale scale(const Shared<T>&, int, int key) const {
+    return {scales[min(key, last)], scales[min(key + 8, last)]};
   }
 };
 
@@ -89,11 +89,7 @@ __device__ void produce_dense(Shared<T>& shared, const DenseCall& call) {
       unit.tiles = tiles;
       unit.clear_begin = v.clear_begin;
       unit.clear_end = v.clear_end;
-      const int weight_bytes = queries * T::kHeads * 4;
-      cuda::arrive_expecting(&shared.unit_full[stage], T::kQueryBytes + weight_bytes);
-      cuda::copy_tile(shared.queries[stage], &call.queries, 0, query * T::kHeads, &shared.unit_full[stage]);
-      cuda::copy_bulk(shared.weights[stage], p.weights + int64_t{query} * T::kHeads, weight_bytes,
-                      &shared.unit_full[stage]);
+      copy_queries(shared, stage, &call.queries, p.weights, query, queries);
       Ring<T::kStages> slot = keys;
       for (int tile = v.first_tile; tile < v.end_tile; ++tile, ++slot.count) {
         cuda::wait(&shared.key_empty[slot.stage()], slot.parity() ^ 1);

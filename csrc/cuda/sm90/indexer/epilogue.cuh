@@ -1,10 +1,12 @@
 // From a tile of dot products to scores: relu, weights, the sum over heads, the scale of the key, the store.
 //
-// The sum over heads has one order everywhere: each lane l of a quad sums its heads (8j + 2l, 8j + 2l + 1, j rising),
-// then lanes 0+1 and 2+3, then the two sums. So a score has the same bits in every tile, split and cache layout.
+// The sum over heads has one order everywhere: four partial sums, of the heads h with h / 2 % 4 = 0, 1, 2 and 3, each
+// with h rising; then 0 + 2 and 1 + 3; then the two. So a score has the same bits in every tile, split and cache
+// layout.
 #pragma once
 
 #include "csrc/cuda/common/warp.cuh"
+#include "csrc/cuda/common/wgmma.cuh"
 #include "csrc/cuda/sm90/indexer/config.h"
 
 namespace indexcache::sm90::indexer {
@@ -21,81 +23,95 @@ __device__ inline float select(int choose, float a, float b) {
   return y;
 }
 
-/// Weights of this lane's columns: pairs 8j + 2 * (lane % 4), + 1.
+/// What a lane of a quad has of a warpgroup's tile: two rows (eight apart) and, of each set of queries, one query, or a
+/// part of one that kLanes lanes share. They exchange rows, so that each adds up and stores one.
+template <class T>
+struct Share {
+  static constexpr int kLanes = 4 / T::kGroupQueries;
+  static constexpr int kPartials = T::kGroupQueries;  // of the four partial sums of a score
+  static constexpr int kSums = 2 * T::kSets * kPartials;
+  static constexpr int kRows = kLanes == 1 ? 2 : 1;  // that a lane stores
+  static constexpr int kScores = T::kSets * kRows;   // score i is of set i / kRows
+  static constexpr bool kOneQuery = T::kSets == 1;   // then a missing query is a missing lane
+
+  __device__ static int lane() { return cuda::lane_id() % 4; }
+  __device__ static int first_query() { return lane() / kLanes; }
+  __device__ static bool stores() { return kLanes < 4 || lane() % 2 == 0; }
+  /// In a tile, of the first score; the second of two is eight further down.
+  __device__ static int first_row() {
+    const int half = kLanes == 1 ? 0 : kLanes == 2 ? lane() % 2 : lane() / 2;
+    return threadIdx.x % cuda::kWarpgroupThreads / 32 * 16 + cuda::lane_id() / 4 + 8 * half;
+  }
+  /// Of score i from the first, in logits whose rows are `stride` apart.
+  __device__ static int64_t offset(int i, int64_t stride) {
+    return i / kRows * T::kGroupQueries * stride + 8 * (i % kRows);
+  }
+};
+
+/// Weights of this lane's columns, two for every eight columns.
 template <class T>
 __device__ void load_weights(const float* weights, float (&own)[T::kColumns / 4]) {
-  const float* first = weights + 2 * (cuda::lane_id() % 4);
+  using S = Share<T>;
+  const float* const first = weights + S::first_query() * T::kHeads + 2 * (S::lane() % S::kLanes);
 #pragma unroll
   for (int j = 0; j < T::kColumns / 8; ++j) {
-    const float2 pair = *reinterpret_cast<const float2*>(first + 8 * j);
-    own[2 * j] = pair.x;
-    own[2 * j + 1] = pair.y;
+    constexpr int kGroups = T::kSetColumns / 8;
+    const float* const pair = first + j / kGroups * T::kSetColumns + j % kGroups * T::kGroupHeads;
+    own[2 * j] = reinterpret_cast<const float2*>(pair)->x;
+    own[2 * j + 1] = reinterpret_cast<const float2*>(pair)->y;
   }
 }
 
-/// The scores of a tile that one lane ends up with: a quad's lanes hold parts of 2 * kQueries sums (query, row), and
-/// exchange halves, so that each adds up and stores its share, instead of all lanes all of them.
-template <class T>
-struct Share {
-  static constexpr int kSums = 2 * T::kQueries;
-  static constexpr bool kSecondHalving = kSums % 4 == 0;  // else both lanes of the second exchange hold the same sums
-  static constexpr int kCount = kSecondHalving ? kSums / 4 : kSums / 2;
-  static constexpr bool kBothRows = kCount % 2 == 0;  // of each query
-  static constexpr bool kOneQuery = kCount == (kBothRows ? 2 : 1);  // then a missing query is a missing lane
-
-  int first;  // this lane's sums are first, first + 1, …; sum s is of query s / 2, row s % 2
-
-  __device__ Share() {
-    const int lane = cuda::lane_id();
-    first = (lane & 1) * (kSums / 2) + (kSecondHalving ? (lane >> 1 & 1) * (kSums / 4) : 0);
-  }
-  __device__ int query(int i) const { return kBothRows ? first / 2 + i / 2 : (first + i) / 2; }
-  __device__ int row(int i) const { return kBothRows ? i % 2 : (first + i) % 2; }
-  __device__ static bool stores() { return kSecondHalving || (cuda::lane_id() & 2) == 0; }
-};
-
-/// Sums of this lane's heads: sums[2 * query + row]. The two rows of a weight stay neighbours, so that it is read once.
+/// Partial sums of this lane's heads. The two rows of a weight stay neighbours, so that it is read once.
 template <class T>
 __device__ void sum_own_heads(const float (&dots)[T::kColumns / 2], const float (&weights)[T::kColumns / 4],
                               float (&sums)[Share<T>::kSums]) {
-  constexpr int kGroups = T::kHeads / 8;
+  constexpr int kGroups = T::kSetColumns / 8, kPartials = Share<T>::kPartials;
 #pragma unroll
   for (int s = 0; s < Share<T>::kSums; ++s) sums[s] = 0;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
-    for (int query = 0; query < T::kQueries; ++query) {
-      const int group = query * kGroups + j;
+    for (int set = 0; set < T::kSets; ++set) {
+      const int group = set * kGroups + j;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = i / 2, row = i % 2;
-        float& sum = sums[2 * query + row];
+        float& sum = sums[2 * (set * kPartials + j % kPartials) + row];
         sum = fmaf(weights[2 * group + c], relu(dots[4 * group + 2 * row + c]), sum);
       }
     }
   }
 }
 
-/// Adds up the sums of a quad's lanes; this lane gets its share.
+/// Adds up the partial sums that this lane has: rows[2 * set + row].
 template <class T>
-__device__ void sum_quad(const float (&sums)[Share<T>::kSums], float (&scores)[Share<T>::kCount]) {
-  constexpr int kSums = Share<T>::kSums;
-  const int low = cuda::lane_id() & 1, high = cuda::lane_id() & 2;
-  float halves[kSums / 2];
+__device__ void add_own_sums(const float (&sums)[Share<T>::kSums], float (&rows)[2 * T::kSets]) {
+  constexpr int kPartials = Share<T>::kPartials;
 #pragma unroll
-  for (int i = 0; i < kSums / 2; ++i) {
-    const float sent = select(low, sums[i], sums[i + kSums / 2]);
-    const float kept = select(low, sums[i + kSums / 2], sums[i]);
-    halves[i] = kept + __shfl_xor_sync(cuda::kFullMask, sent, 1);
+  for (int i = 0; i < 2 * T::kSets; ++i) {
+    const float* const sum = sums + i / 2 * 2 * kPartials + i % 2;
+    rows[i] = kPartials == 4   ? (sum[0] + sum[4]) + (sum[2] + sum[6])
+              : kPartials == 2 ? sum[0] + sum[2]
+                               : sum[0];
   }
+}
+
+/// Adds up the sums of the lanes that share a query.
+template <class T>
+__device__ void add_lanes(const float (&rows)[2 * T::kSets], float (&scores)[Share<T>::kScores]) {
+  using S = Share<T>;
 #pragma unroll
-  for (int i = 0; i < Share<T>::kCount; ++i) {
-    if constexpr (Share<T>::kSecondHalving) {
-      const float sent = select(high, halves[i], halves[i + Share<T>::kCount]);
-      const float kept = select(high, halves[i + Share<T>::kCount], halves[i]);
-      scores[i] = kept + __shfl_xor_sync(cuda::kFullMask, sent, 2);
+  for (int set = 0; set < T::kSets; ++set) {
+    if constexpr (S::kLanes == 1) {
+      scores[2 * set] = rows[2 * set], scores[2 * set + 1] = rows[2 * set + 1];
     } else {
-      scores[i] = halves[i] + __shfl_xor_sync(cuda::kFullMask, halves[i], 2);
+      constexpr int kOther = S::kLanes / 2;  // it has the other half of the heads, and stores the other row
+      const int second = S::lane() & kOther;
+      const float sent = select(second, rows[2 * set], rows[2 * set + 1]);
+      const float kept = select(second, rows[2 * set + 1], rows[2 * set]);
+      scores[set] = kept + __shfl_xor_sync(cuda::kFullMask, sent, kOther);
+      if constexpr (S::kLanes == 4) scores[set] += __shfl_xor_sync(cuda::kFullMask, scores[set], 1);
     }
   }
 }

@@ -22,16 +22,29 @@ bool aligned(const void* data) { return cuda::aligned(data, 16); }
 template <int dim>
 constexpr cuda::Swizzle kSwizzle = dim == 128 ? cuda::Swizzle::bytes128 : cuda::Swizzle::bytes64;
 
-/// e4m3 [rows, dim] in tiles of `tile_rows`.
+/// e4m3 [keys, dim] in tiles of kTileKeys.
 template <int dim>
-CUtensorMap rows_map(const char* op, const void* data, int64_t rows, int tile_rows) {
+CUtensorMap keys_map(const char* op, const void* data, int64_t keys) {
   return cuda::tensor_map(op, {.type = CU_TENSOR_MAP_DATA_TYPE_UINT8,
                                .data = data,
                                .rank = 2,
-                               .sizes = {dim, static_cast<uint64_t>(rows)},
+                               .sizes = {dim, static_cast<uint64_t>(keys)},
                                .strides = {dim},
-                               .tile = {dim, static_cast<uint32_t>(tile_rows)},
+                               .tile = {dim, kTileKeys},
                                .swizzle = kSwizzle<dim>});
+}
+
+/// e4m3 [queries, heads, dim] in sets: a few heads of each query of the set, then the next few of each, and so on.
+template <class T>
+CUtensorMap queries_map(const char* op, const void* data, int64_t queries) {
+  constexpr uint32_t kGroups = T::kHeads / T::kGroupHeads;
+  return cuda::tensor_map(op, {.type = CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                               .data = data,
+                               .rank = 4,
+                               .sizes = {T::kDim, T::kGroupHeads, static_cast<uint64_t>(queries), kGroups},
+                               .strides = {T::kDim, T::kHeads * T::kDim, T::kGroupHeads * T::kDim},
+                               .tile = {T::kDim, T::kGroupHeads, T::kGroupQueries, kGroups},
+                               .swizzle = kSwizzle<T::kDim>});
 }
 
 template <int heads, int dim>
@@ -43,8 +56,8 @@ void run_dense(const IndexerLogitsParams& p, Stream stream) {
   const int64_t chunk_tiles = unit_tiles(blocks, tiles, sms);
   const int64_t units = blocks * ceil_div(tiles, chunk_tiles);
   const DenseCall call{.p = p,
-                       .queries = rows_map<dim>(op, p.q, p.queries * heads, T::kColumns),
-                       .keys = rows_map<dim>(op, p.k, p.keys, kTileKeys),
+                       .queries = queries_map<T>(op, p.q, p.queries),
+                       .keys = keys_map<dim>(op, p.k, p.keys),
                        .query_blocks = static_cast<int>(blocks),
                        .units = static_cast<int>(units),
                        .chunk_tiles = static_cast<int>(chunk_tiles)};
@@ -62,7 +75,7 @@ void run_paged(const IndexerLogitsPagedParams& p, Stream stream) {
   const int64_t page_stride = p.cache.pages == 1 ? T::kPageBytes : p.cache.page_stride;
   const PagedCall call{
       .p = p,
-      .queries = rows_map<dim>(op, p.q, p.requests * p.queries_per_request * heads, T::kColumns),
+      .queries = queries_map<T>(op, p.q, p.requests * p.queries_per_request),
       .keys = cuda::tensor_map(op, {.type = CU_TENSOR_MAP_DATA_TYPE_UINT8,
                                     .data = p.cache.data,
                                     .rank = 3,
@@ -75,6 +88,15 @@ void run_paged(const IndexerLogitsPagedParams& p, Stream stream) {
       .most_keys = static_cast<int>(most_keys),
       .share = 1.0 / blocks};
   launch_paged<T>(call, blocks, stream);
+}
+
+template <int heads, int dim>
+void run_paged_wide(const IndexerLogitsPagedParams& p, Stream stream) {
+  switch (p.queries_per_request) {
+    case 1: return run_paged<heads, 1, dim>(p, stream);
+    case 2: return run_paged<heads, 2, dim>(p, stream);
+    default: return run_paged<heads, 4, dim>(p, stream);
+  }
 }
 
 template <int dim>
@@ -90,18 +112,11 @@ void run_dense(const IndexerLogitsParams& p, Stream stream) {
 /// The narrowest tile that holds the queries of a request, but no narrower than 32 columns.
 template <int dim>
 void run_paged(const IndexerLogitsPagedParams& p, Stream stream) {
-  const int64_t queries = p.queries_per_request;
   switch (p.heads) {
     case 8: return run_paged<8, 4, dim>(p, stream);
     case 16: return run_paged<16, 4, dim>(p, stream);
-    case 32: return queries <= 2 ? run_paged<32, 2, dim>(p, stream) : run_paged<32, 4, dim>(p, stream);
-    default: break;
-  }
-  switch (queries) {
-    case 1: return run_paged<64, 1, dim>(p, stream);
-    case 2: return run_paged<64, 2, dim>(p, stream);
-    case 3: return run_paged<64, 3, dim>(p, stream);
-    default: return run_paged<64, 4, dim>(p, stream);
+    case 32: return run_paged_wide<32, dim>(p, stream);
+    default: return run_paged_wide<64, dim>(p, stream);
   }
 }
 

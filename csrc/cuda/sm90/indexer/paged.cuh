@@ -16,7 +16,7 @@ namespace indexcache::sm90::indexer {
 
 struct PagedCall {
   IndexerLogitsPagedParams p;
-  CUtensorMap queries;  // e4m3 [requests * queries_per_request * heads, dim] in tiles of kColumns rows
+  CUtensorMap queries;  // of queries_map()
   CUtensorMap keys;     // bytes [pages, kPageRows, dim] in tiles of a page: keys and their scales
   int groups;           // of up to kQueries queries of one request, groups_per_request for each
   int groups_per_request;
@@ -116,7 +116,7 @@ struct PagedKeys {
     const int byte = T::kKeyBytes + 4 * row;
     return byte ^ (byte >> 7 & (T::kDim / 16 - 1)) << 4;
   }
-  __device__ Scale scale(const Shared<T>& shared, int stage, int, int) const {
+  __device__ Scale scale(const Shared<T>& shared, int stage, int) const {
     const uint8_t* const keys = shared.keys[stage];
     return {{*reinterpret_cast<const float*>(keys + offset[0]), *reinterpret_cast<const float*>(keys + offset[1])},
             shared.hole[stage] != 0};
@@ -153,7 +153,7 @@ __device__ void produce_unit(Shared<T>& shared, const PagedCall& call, const Gro
                              const Ring<T::kUnitStages>& units) {
   const int stage = units.stage(), lane = cuda::lane_id();
   const int keys = lane < group.queries ? visible_keys(call, group.row + lane) : 0;
-  const int deciding = Share<T>::kOneQuery ? group.queries : T::kQueries;
+  const int deciding = Share<typename T::Own>::kOneQuery ? group.queries : T::kQueries;
   const int clear_end = __reduce_min_sync(cuda::kFullMask, lane < deciding ? keys : INT_MAX);
   cuda::wait(&shared.unit_empty[stage], units.parity() ^ 1);
   Unit<T>& unit = shared.units[stage];
@@ -166,11 +166,7 @@ __device__ void produce_unit(Shared<T>& shared, const PagedCall& call, const Gro
     unit.tiles = tiles;
     unit.clear_begin = 0;
     unit.clear_end = max(0, clear_end / kTileKeys - page);
-    const int weight_bytes = group.queries * T::kHeads * 4;
-    cuda::arrive_expecting(&shared.unit_full[stage], T::kQueryBytes + weight_bytes);
-    cuda::copy_tile(shared.queries[stage], &call.queries, 0, group.row * T::kHeads, &shared.unit_full[stage]);
-    cuda::copy_bulk(shared.weights[stage], call.p.weights + int64_t{group.row} * T::kHeads, weight_bytes,
-                    &shared.unit_full[stage]);
+    copy_queries(shared, stage, &call.queries, call.p.weights, group.row, group.queries);
   }
 }
 
@@ -255,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1) paged_kernel(const __grid_constan
   } else {
     cuda::take_registers<kMathRegisters>();
     const Logits logits{call.p.logits, call.p.logits_stride, static_cast<int>(call.p.columns)};
-    run_math(shared, logits, PagedKeys<T>(first_row()), warpgroup - 1);
+    run_math(shared, logits, PagedKeys<T>(Share<typename T::Own>::first_row()), warpgroup - 1);
   }
 }
 

@@ -1,0 +1,4 @@
+#include "csrc/cuda/sm90/indexer/instance.cuh"
+
+template void indexcache::sm90::indexer::launch_paged<indexcache::sm90::indexer::Tile<32, 1, 128>>(
+    const PagedCall&, int, CUstream_st*);

@@ -1,4 +1,0 @@
-#include "csrc/cuda/sm90/indexer/instance.cuh"
-
-template void indexcache::sm90::indexer::launch_paged<indexcache::sm90::indexer::Tile<64, 3, 64>>(
-    const PagedCall&, int, CUstream_st*);
