@@ -1,0 +1,85 @@
+// Tiles, shared memory and schedule of the sm90 sparse MLA attention.
+//
+// A block attends for 64 heads of one query token, 64 listed keys at a time. Roles (one block per SM):
+//   warpgroups 0, 1   math: warpgroup w scores the key blocks j with j % 2 == w, and sums value dims 256 w … 256 w + 255
+//                     of every block
+//   warpgroup 2       producer: gathers the listed rows, as bf16, into a ring of two key blocks
+// Few tokens split their keys over the blocks of a cluster, which combine their results in each other's shared memory.
+// docs/sparse_mla.md has the schedule and what bounds it.
+#pragma once
+
+#include <cstdint>
+
+#include "indexcache/params.h"
+
+namespace indexcache::sm90::sparse_mla {
+
+inline constexpr int kTileHeads = 64;  // M of wgmma
+inline constexpr int kTileKeys = 64;   // N of the scores, K of the values
+inline constexpr int kChunkDims = 64;  // 128 bytes of bf16: a swizzle span
+inline constexpr int kValueDims = static_cast<int>(kLatentDim);
+inline constexpr int kHalfDims = kValueDims / 2;  // of a math warpgroup; N of wgmma
+inline constexpr int kMathWarpgroups = 2;
+inline constexpr int kMathWarps = 4 * kMathWarpgroups;
+inline constexpr int kMathThreads = 128 * kMathWarpgroups;
+inline constexpr int kStages = 2;
+inline constexpr int kMaxSplits = 16;  // the largest cluster
+inline constexpr int kChunkElements = kTileKeys * kChunkDims;
+
+/// Where the rows come from. At the start a thread has 168 registers, and the three warpgroups deal out 3 x 168 among
+/// them: asking for more would wait for ever. A fourth warpgroup would leave too few for the accumulators (ptxas C7602).
+inline constexpr int kStartRegisters = 168;
+struct DenseSource {  // bf16 rows, copied by cp.async
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kMathRegisters = 216;
+};
+struct CacheSource {  // 656-byte rows, dequantised in registers
+  static constexpr int kProducerRegisters = 104;
+  static constexpr int kMathRegisters = 200;
+};
+
+template <class source, int d_qk>
+struct Tile {
+  using Source = source;
+  static constexpr int kDims = d_qk;
+  static constexpr int kChunks = d_qk / kChunkDims;
+  static constexpr int kProducerThreads = 128;
+  static constexpr int kThreads = kMathThreads + kProducerThreads;
+  static constexpr int kBlockElements = kTileKeys * d_qk;
+  static constexpr int kQueryBytes = kTileHeads * d_qk * 2;
+  static_assert(d_qk % kChunkDims == 0 && d_qk >= kValueDims);
+  static_assert(kMathWarpgroups * Source::kMathRegisters + Source::kProducerRegisters <= 3 * kStartRegisters);
+};
+
+/// What a row of scores has come to; the maximum is of scaled scores in base 2.
+struct RowState {
+  float max, sum;
+};
+
+template <class T>
+struct Shared {
+  using Element = uint16_t;  // bf16
+  // Chunks of 64 rows x 64 dims, swizzled as wgmma wants them. Afterwards the output, bf16 [64][512].
+  alignas(1024) Element queries[T::kBlockElements];
+  // The same. Afterwards the partial output of a split, f32 [64][512].
+  alignas(1024) Element keys[kStages][T::kBlockElements];
+  alignas(1024) Element probabilities[kTileHeads * kTileKeys];
+  float max[kTileHeads];                    // after the block whose probabilities these are
+  float sums[kMathWarpgroups][kTileHeads];  // over the blocks that a warpgroup scored
+  RowState states[kTileHeads];              // of this split
+  uint32_t valid[kStages][kTileKeys / 32];  // a bit per key
+  uint64_t query_full;
+  uint64_t key_full[kStages], key_empty[kStages];
+  uint64_t probabilities_full[kMathWarpgroups];  // phase i: those of the warpgroup's block i
+};
+
+/// Blocks of a cluster that share the keys of one token and head tile: enough to give most SMs work, and at least one
+/// key block for each. It depends on the shape of the call only.
+constexpr int splits(int64_t tokens, int64_t head_tiles, int64_t k) {
+  constexpr int64_t kBusy = 128;  // blocks; an H100 or H200 has 132 SMs
+  int split = kMaxSplits;
+  while (split > 1 && (tokens * head_tiles * split > kBusy || split * kTileKeys > k)) split /= 2;
+  return split;
+}
+
+}  // namespace indexcache::sm90::sparse_mla

@@ -1,0 +1,218 @@
+// The math warpgroups: scores, online softmax, values.
+//
+// Warpgroup w scores the blocks j with j % 2 == w. Of a block that it scores it keeps the probabilities in registers for
+// its own half of the values, and leaves a copy in shared memory for the other warpgroup. One buffer does: only the
+// reader of block j writes that of block j + 1, after its own products of block j.
+#pragma once
+
+#include "csrc/cuda/common/convert.cuh"
+#include "csrc/cuda/common/mbarrier.cuh"
+#include "csrc/cuda/common/warp.cuh"
+#include "csrc/cuda/common/wgmma.cuh"
+#include "csrc/cuda/sm90/sparse_mla/layout.cuh"
+
+namespace indexcache::sm90::sparse_mla {
+
+/// Rows of a thread in any 64-row accumulator: first_row() and eight further down. Columns: 8 j + 2 (lane % 4), + 1.
+inline constexpr int kRows = 2;
+__device__ inline int first_row() { return threadIdx.x % 128 / 32 * 16 + cuda::lane_id() / 4; }
+__device__ inline int first_column() { return 2 * (cuda::lane_id() % 4); }
+
+/// Named barriers of the math warpgroups.
+inline constexpr int kBarrierOfMath = 1, kBarrierOfWarpgroup = 2;
+
+/// exp2 to about 2 ulp; 0 for -inf.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Before there is a key: exp2(-inf - 0) = 0, not NaN.
+__device__ inline float finite_base(float max) { return max == -__builtin_inff() ? 0.0f : max; }
+
+/// After all lanes' accesses.
+__device__ inline void warp_arrive(uint64_t* barrier) {
+  __syncwarp();
+  if (cuda::lane_id() == 0) cuda::arrive(barrier);
+}
+
+template <class T>
+struct Math {
+  static constexpr int kScores = kTileKeys / 2;   // of a thread
+  static constexpr int kValues = kHalfDims / 2;
+
+  Shared<T>& shared;
+  const int warpgroup;
+  const float scale;  // of scores, to base 2
+  float max[kRows] = {-__builtin_inff(), -__builtin_inff()};
+  float sum[kRows] = {};  // of this thread's columns of the blocks that the warpgroup scored
+
+  __device__ static auto row_tile(uint16_t* data) {
+    return cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(data)), RowsLayout<T::kDims>{});
+  }
+
+  /// Starts the scores of `block`, a group of its own.
+  template <class Scores>
+  __device__ void start_scores(Scores& scores, int block) {
+    const int stage = block % kStages;
+    cuda::wait(&shared.key_full[stage], block / kStages & 1);
+    cuda::fence_async_proxy();  // the copies were ordinary writes
+    const auto mma = ScoreMma{}.get_slice(threadIdx.x % 128);
+    const auto queries = mma.partition_fragment_A(row_tile(shared.queries));
+    const auto keys = mma.partition_fragment_B(row_tile(shared.keys[stage]));
+    ScoreMma product;
+    product.accumulate_ = cute::GMMA::ScaleOut::Zero;
+    cute::warpgroup_fence_operand(scores);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int step = 0; step < T::kDims / kStepDims; ++step) {
+      cute::gemm(product, queries(cute::_, cute::_, step), keys(cute::_, cute::_, step), scores);
+      product.accumulate_ = cute::GMMA::ScaleOut::One;
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  /// Dot products become probabilities relative to the new maximum, as bf16 pairs; the scale of what was before them.
+  template <class Scores>
+  __device__ void softmax(Scores& scores, int block, uint32_t (&pairs)[kScores / 2], float (&correction)[kRows]) {
+    const uint32_t* const valid = shared.valid[block % kStages];
+    const uint32_t words[2] = {valid[0] >> first_column(), valid[1] >> first_column()};
+    float top[kRows] = {max[0], max[1]};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int column = i / 4 * 8 + i % 2;
+      const bool listed = words[column / 32] >> column % 32 & 1;
+      scores(i) = listed ? scores(i) * scale : -__builtin_inff();
+      top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores(i));
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 2));
+      correction[r] = fast_exp2(max[r] - finite_base(top[r]));
+      max[r] = top[r];
+      sum[r] *= correction[r];
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; i += 2) {
+      const int r = i / 2 % 2;
+      const float base = finite_base(max[r]);
+      const float low = fast_exp2(scores(i) - base), high = fast_exp2(scores(i + 1) - base);
+      sum[r] += low + high;
+      pairs[i / 2] = __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(__floats2bfloat162_rn(low, high)));
+    }
+  }
+
+  /// Gives the other warpgroup what it needs of a block.
+  __device__ void publish(const uint32_t (&pairs)[kScores / 2]) {
+    const int row = first_row();
+    cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);  // no warp's products read the block before any more
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) {
+      const int unit = i / 2;  // eight columns
+      auto* const to = shared.probabilities + unit_offset(0, row + i % 2 * 8, unit) + first_column();
+      *reinterpret_cast<uint32_t*>(to) = pairs[i];
+    }
+    if (cuda::lane_id() % 4 == 0) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) shared.max[row + 8 * r] = max[r];
+    }
+    cuda::fence_async_proxy();
+    warp_arrive(&shared.probabilities_full[warpgroup]);
+  }
+
+  /// What the other warpgroup made of `block`.
+  __device__ void follow(int block, float (&correction)[kRows]) {
+    cuda::wait(&shared.probabilities_full[block % kMathWarpgroups], block / kMathWarpgroups & 1);
+    cuda::fence_async_proxy();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float top = shared.max[first_row() + 8 * r];
+      correction[r] = fast_exp2(max[r] - finite_base(top));
+      max[r] = top;
+      sum[r] *= correction[r];
+    }
+  }
+
+  /// The maximum rises ever more rarely, and 1 changes no bits.
+  template <class Values>
+  __device__ static void rescale(Values& values, const float (&correction)[kRows]) {
+    if (__all_sync(cuda::kFullMask, correction[0] == 1.0f && correction[1] == 1.0f)) return;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values(i) *= correction[i / 2 % 2];
+  }
+
+  /// Starts this warpgroup's half of the values of `block`, a group of its own.
+  template <class Mma, class Probabilities, class Values>
+  __device__ void start_values(const Probabilities& probabilities, int block, Values& values) {
+    auto* const half = shared.keys[block % kStages] + warpgroup * (kHalfDims / kChunkDims) * kChunkElements;
+    const auto tile = cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(half)), ValuesLayout{});
+    const auto keys = Mma{}.get_slice(threadIdx.x % 128).partition_fragment_B(tile);
+    Mma product;
+    product.accumulate_ = cute::GMMA::ScaleOut::One;
+    cute::warpgroup_fence_operand(values);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int step = 0; step < kValueSteps; ++step) {
+      cute::gemm(product, probabilities(cute::_, cute::_, step), keys(cute::_, cute::_, step), values);
+    }
+    cute::warpgroup_commit_batch();
+  }
+
+  /// A block whose scores this warpgroup has started.
+  template <class Scores, class Values>
+  __device__ void own_block(int block, Scores& scores, Values& values) {
+    auto fragment = cute::make_tensor<Bf16>(
+        cute::Layout<Shape<Shape<cute::_2, cute::_2, cute::_2>, cute::_1, Int<kValueSteps>>>{});
+    auto& pairs = *reinterpret_cast<uint32_t(*)[kScores / 2]>(fragment.data());
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(scores);
+    float correction[kRows];
+    softmax(scores, block, pairs, correction);
+    publish(pairs);
+    rescale(values, correction);
+    start_values<OwnValueMma>(fragment, block, values);
+    end_values<0>(block, values);
+  }
+
+  /// Starts the values of a block that the other warpgroup scored.
+  template <class Values>
+  __device__ void start_other_block(int block, Values& values) {
+    float correction[kRows];
+    follow(block, correction);
+    rescale(values, correction);
+    const auto tile = cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(shared.probabilities)), RowsLayout<64>{});
+    start_values<ValueMma>(ValueMma{}.get_slice(threadIdx.x % 128).partition_fragment_A(tile), block, values);
+  }
+
+  template <int kPending, class Values>
+  __device__ void end_values(int block, Values& values) {
+    cute::warpgroup_wait<kPending>();
+    cute::warpgroup_fence_operand(values);
+    warp_arrive(&shared.key_empty[block % kStages]);
+  }
+
+  template <class Values>
+  __device__ void run(int blocks, Values& values) {
+    auto scores = cute::partition_fragment_C(ScoreMma{}, Shape<Int<kTileHeads>, Int<kTileKeys>>{});
+    static_assert(decltype(cute::size(scores))::value == kScores);
+    int block = 0;
+    if (warpgroup == 0 && blocks > 0) {
+      start_scores(scores, block);
+      own_block(block++, scores, values);
+    }
+    for (; block + 1 < blocks; block += 2) {
+      start_other_block(block, values);
+      start_scores(scores, block + 1);
+      end_values<1>(block, values);
+      own_block(block + 1, scores, values);
+    }
+    if (block < blocks) {
+      start_other_block(block, values);
+      end_values<0>(block, values);
+    }
+  }
+};
+
+}  // namespace indexcache::sm90::sparse_mla
