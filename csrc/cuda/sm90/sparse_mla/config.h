@@ -12,7 +12,7 @@
 
 #include "indexcache/params.h"
 
-namespace indexcache::sm90::sparse_mla {
+namespace indexcache::sm90::attention {
 
 inline constexpr int kTileHeads = 64;  // M of wgmma
 inline constexpr int kTileKeys = 64;   // N of the scores, K of the values
@@ -82,4 +82,4 @@ constexpr int splits(int64_t tokens, int64_t head_tiles, int64_t k) {
   return split;
 }
 
-}  // namespace indexcache::sm90::sparse_mla
+}  // namespace indexcache::sm90::attention

@@ -4,7 +4,7 @@
 #include "csrc/cuda/common/cluster.cuh"
 #include "csrc/cuda/sm90/sparse_mla/math.cuh"
 
-namespace indexcache::sm90::sparse_mla {
+namespace indexcache::sm90::attention {
 
 /// Which part of the call a block of the grid has.
 struct Work {
@@ -147,4 +147,4 @@ __device__ void finish(Math<T>& math, const SparseMlaParams& p, const Work& work
   cuda::cluster_sync<kMaxSplits>();  // the others still read this block's memory
 }
 
-}  // namespace indexcache::sm90::sparse_mla
+}  // namespace indexcache::sm90::attention

@@ -10,7 +10,7 @@
 #include "csrc/cuda/common/warp.cuh"
 #include "csrc/cuda/sm90/sparse_mla/layout.cuh"
 
-namespace indexcache::sm90::sparse_mla {
+namespace indexcache::sm90::attention {
 
 /// The listed keys of one block of the grid.
 struct KeyList {
@@ -170,4 +170,4 @@ __device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyLi
 constexpr int full_arrivals(DenseSource) { return 128 + 1; }  // a copy group per thread, and the valid bits
 constexpr int full_arrivals(CacheSource) { return 4; }        // warps
 
-}  // namespace indexcache::sm90::sparse_mla
+}  // namespace indexcache::sm90::attention

@@ -3,7 +3,7 @@
 
 #include "csrc/cuda/sm90/sparse_mla/launch.cuh"
 
-namespace indexcache::sm90::sparse_mla {
+namespace indexcache::sm90::attention {
 
 template <class T>
 void launch(const char* op, const Call& call, CUstream_st* stream) {
@@ -16,4 +16,4 @@ void launch(const char* op, const Call& call, CUstream_st* stream) {
                           stream, call);
 }
 
-}  // namespace indexcache::sm90::sparse_mla
+}  // namespace indexcache::sm90::attention

@@ -4,7 +4,7 @@
 #include "csrc/cuda/sm90/sparse_mla/finish.cuh"
 #include "csrc/cuda/sm90/sparse_mla/gather.cuh"
 
-namespace indexcache::sm90::sparse_mla {
+namespace indexcache::sm90::attention {
 
 struct Call {
   SparseMlaParams p;
@@ -83,4 +83,4 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
   }
 }
 
-}  // namespace indexcache::sm90::sparse_mla
+}  // namespace indexcache::sm90::attention

@@ -7,7 +7,7 @@
 namespace indexcache::sm90 {
 namespace {
 
-using namespace sparse_mla;
+using namespace attention;
 
 /// The copy engine and 16-byte copies want addresses and strides of 16 bytes.
 bool whole_units(int64_t bytes) { return bytes > 0 && bytes % 16 == 0; }

@@ -4,9 +4,9 @@
 #include "csrc/cuda/common/launch.cuh"
 #include "csrc/cuda/sm90/sparse_mla/kernel.cuh"
 
-namespace indexcache::sm90::sparse_mla {
+namespace indexcache::sm90::attention {
 
 template <class T>
 void launch(const char* op, const Call& call, CUstream_st* stream);
 
-}  // namespace indexcache::sm90::sparse_mla
+}  // namespace indexcache::sm90::attention

@@ -9,7 +9,7 @@
 
 #include "csrc/cuda/sm90/sparse_mla/config.h"
 
-namespace indexcache::sm90::sparse_mla {
+namespace indexcache::sm90::attention {
 
 using cute::Int;
 using cute::Shape;
@@ -39,4 +39,4 @@ __host__ __device__ constexpr int unit_offset(int chunk, int row, int unit) {
   return chunk * kChunkElements + row * kChunkDims + (unit ^ row % 8) * 8;
 }
 
-}  // namespace indexcache::sm90::sparse_mla
+}  // namespace indexcache::sm90::attention

@@ -11,7 +11,7 @@
 #include "csrc/cuda/common/wgmma.cuh"
 #include "csrc/cuda/sm90/sparse_mla/layout.cuh"
 
-namespace indexcache::sm90::sparse_mla {
+namespace indexcache::sm90::attention {
 
 /// Rows of a thread in any 64-row accumulator: first_row() and eight further down. Columns: 8 j + 2 (lane % 4), + 1.
 inline constexpr int kRows = 2;
@@ -215,4 +215,4 @@ struct Math {
   }
 };
 
-}  // namespace indexcache::sm90::sparse_mla
+}  // namespace indexcache::sm90::attention
