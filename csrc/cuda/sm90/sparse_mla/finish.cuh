@@ -94,6 +94,7 @@ __device__ void combine(Shared<T>& shared, const SparseMlaParams& p, const Work&
 /// cluster_sync() as often as finish() does, for the other warps of the block.
 inline __device__ void attend_finish(const Work& work) {
   if (work.splits == 1) return;
+  __syncwarp();
   for (int i = 0; i < 3; ++i) cuda::cluster_sync<kMaxSplits>();
 }
 

@@ -55,9 +55,14 @@ struct Math {
   /// Starts the scores of `block`, a group of its own.
   template <class Scores>
   __device__ void start_scores(Scores& scores, int block) {
-    const int stage = block % kStages;
-    cuda::wait(&shared.key_full[stage], block / kStages & 1);
+    cuda::wait(&shared.key_full[block % kStages], block / kStages & 1);
     cuda::fence_async_proxy();  // the copies were ordinary writes
+    issue_scores(scores, block);
+  }
+
+  template <class Scores>
+  __device__ void issue_scores(Scores& scores, int block) {
+    const int stage = block % kStages;
     const auto mma = ScoreMma{}.get_slice(threadIdx.x % 128);
     const auto queries = mma.partition_fragment_A(row_tile(shared.queries));
     const auto keys = mma.partition_fragment_B(row_tile(shared.keys[stage]));
