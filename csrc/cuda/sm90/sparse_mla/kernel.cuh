@@ -2,7 +2,8 @@
 
 #include "csrc/cuda/common/tma.cuh"
 #include "csrc/cuda/sm90/sparse_mla/finish.cuh"
-#include "csrc/cuda/sm90/sparse_mla/gather.cuh"
+#include "csrc/cuda/sm90/sparse_mla/gather_cache.cuh"
+#include "csrc/cuda/sm90/sparse_mla/gather_dense.cuh"
 
 namespace indexcache::sm90::attention {
 
