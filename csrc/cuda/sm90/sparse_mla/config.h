@@ -46,7 +46,6 @@ struct Tile {
   static constexpr int kProducerThreads = 128;
   static constexpr int kThreads = kMathThreads + kProducerThreads;
   static constexpr int kBlockElements = kTileKeys * d_qk;
-  static constexpr int kQueryBytes = kTileHeads * d_qk * 2;
   static_assert(d_qk % kChunkDims == 0 && d_qk >= kValueDims);
   static_assert(kMathWarpgroups * Source::kMathRegisters + Source::kProducerRegisters <= 3 * kStartRegisters);
 };
@@ -66,20 +65,47 @@ struct Shared {
   alignas(1024) Element probabilities[kTileHeads * kTileKeys];
   float max[kTileHeads];                    // after the block whose probabilities these are
   float sums[kMathWarpgroups][kTileHeads];  // over the blocks that a warpgroup scored
-  RowState states[kTileHeads];              // of this split
+  RowState state[kTileHeads];               // of this split
   uint32_t valid[kStages][kTileKeys / 32];  // a bit per key
   uint64_t query_full;
   uint64_t key_full[kStages], key_empty[kStages];
   uint64_t probabilities_full[kMathWarpgroups];  // phase i: those of the warpgroup's block i
+  uint64_t splits_full;                          // all that the blocks of the cluster send to this one
 };
 
-/// Blocks of a cluster that share the keys of one token and head tile: enough to give most SMs work, and at least one
-/// key block for each. It depends on the shape of the call only.
-constexpr int splits(int64_t tokens, int64_t head_tiles, int64_t k) {
-  constexpr int64_t kBusy = 128;  // blocks; an H100 or H200 has 132 SMs
-  int split = kMaxSplits;
-  while (split > 1 && (tokens * head_tiles * split > kBusy || split * kTileKeys > k)) split /= 2;
-  return split;
+/// How a call is cut into blocks. It depends on the shape of the call only.
+struct Cut {
+  int tile_heads;  // heads that a block attends for; rows of its tile that are not garbage
+  int splits;      // blocks of a cluster, which share the keys of one token and head tile
+};
+
+/// Clusters of this size that run at once. A cluster is in one GPC, and a GPC of an H100 or H200 has up to 18 SMs; how
+/// the 132 SMs spread over the GPCs differs from card to card, so this is a spread that few cards are worse than.
+constexpr int resident_clusters(int size) {
+  int clusters = 0;
+  for (const int sms : {18, 18, 18, 18, 16, 16, 14, 14}) clusters += sms / size;
+  return clusters;
+}
+
+constexpr int head_tiles(int heads, int tile_heads) { return (heads + tile_heads - 1) / tile_heads; }
+
+/// As few key blocks for each block as one wave of clusters allows. Then smaller head tiles, as far as the SMs go: they
+/// cost more products, of which there are too many anyway, and less time for combining the splits.
+constexpr Cut cut(int64_t tokens, int heads, int64_t k) {
+  constexpr int kFewHeads = 16;
+  const int64_t key_blocks = (k + kTileKeys - 1) / kTileKeys;
+  Cut result{heads < kTileHeads ? heads : kTileHeads, 1};
+  const auto fits = [&](int tile_heads, int splits) {
+    return tokens * head_tiles(heads, tile_heads) <= resident_clusters(splits);
+  };
+  int64_t longest = key_blocks;
+  for (int splits = 2; splits <= kMaxSplits && splits <= key_blocks; ++splits) {
+    const int64_t share = (key_blocks + splits - 1) / splits;
+    if (share < longest && fits(result.tile_heads, splits)) longest = share, result.splits = splits;
+  }
+  if (result.splits == 1) return result;
+  while (result.tile_heads > kFewHeads && fits(result.tile_heads / 2, result.splits)) result.tile_heads /= 2;
+  return result;
 }
 
 }  // namespace indexcache::sm90::attention

@@ -13,49 +13,29 @@ struct Work {
   int split, splits;      // rank in the cluster, and its size
 };
 
-/// Total of all splits of a row, and what the output is to be multiplied by.
-struct Total {
-  float lse;
-  float factor;  // of values relative to `max`
-  float max;
-};
+/// What a row's sum of values is to be multiplied by, given its lse: 1 but for the sink.
+__device__ inline float kept(const SparseMlaParams& p, const Work& work, int row, float lse) {
+  if (p.sink == nullptr || row >= work.heads) return 1.0f;
+  return 1.0f / (1.0f + expf(p.sink[work.first_head + row] - lse));
+}
 
-template <class T>
-__device__ Total total(Shared<T>& shared, const SparseMlaParams& p, const Work& work, int row) {
-  RowState states[kMaxSplits];  // all loads at once
-#pragma unroll
-  for (int rank = 0; rank < kMaxSplits; ++rank) {
-    const int existing = min(rank, work.splits - 1);
-    const float2 state = cuda::load_from(existing, reinterpret_cast<const float2*>(&shared.states[row]));
-    states[rank] = {state.x, rank < work.splits ? state.y : 0.0f};
-  }
-  float max = -__builtin_inff(), sum = 0;
-#pragma unroll
-  for (const RowState& state : states) max = fmaxf(max, state.max);
-#pragma unroll
-  for (const RowState& state : states) sum += state.sum * fast_exp2(state.max - finite_base(max));
+__device__ inline float lse_of(float max, float sum) {
   constexpr float kLn2 = 0.693147180559945f;
-  if (sum == 0) return {-__builtin_inff(), 0, max};
-  const float lse = (max + log2f(sum)) * kLn2;
-  const bool sinks = p.sink != nullptr && row < work.heads;
-  const float kept = sinks ? 1.0f / (1.0f + expf(p.sink[work.first_head + row] - lse)) : 1.0f;
-  return {lse, kept / sum, max};
+  return sum == 0 ? -__builtin_inff() : (max + log2f(sum)) * kLn2;
 }
 
-/// Partial outputs, f32 [64][512] in the place of the keys; 32-byte units are swizzled over 256 bytes.
-template <class T>
-__device__ float* partial(Shared<T>& shared, int row, int column) {
-  return reinterpret_cast<float*>(shared.keys) + row * kValueDims + (column ^ row % 8 * 8);
+__device__ inline void store_lse(const SparseMlaParams& p, const Work& work, int row, float lse) {
+  p.lse[work.token * p.heads + work.first_head + row] = lse;
 }
 
-/// The output as bf16 [64][512], in the place of the queries; 16-byte units are swizzled over 128 bytes.
+/// The output, or that of a split, as bf16 [64][512], in the place of the queries; 16-byte units are swizzled over 128
+/// bytes, so that eight neighbouring ones of a row or of a column are in different banks.
 template <class T>
 __device__ uint16_t* output(Shared<T>& shared, int row, int column) {
   return shared.queries + row * kValueDims + (column ^ row % 8 * 8);
 }
 
-template <class T>
-__device__ void store_row(Shared<T>& shared, const SparseMlaParams& p, const Work& work, int row, int column, uint4 x) {
+__device__ inline void store_row(const SparseMlaParams& p, const Work& work, int row, int column, uint4 x) {
   auto* const out = static_cast<uint16_t*>(p.out) + (work.token * p.heads + work.first_head + row) * kValueDims;
   *reinterpret_cast<uint4*>(out + column) = x;
 }
@@ -68,34 +48,97 @@ __device__ void store_output(Shared<T>& shared, const SparseMlaParams& p, const 
   cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);
   const int column = warpgroup * kHalfDims + cuda::lane_id() * 8;
   for (int row = threadIdx.x % 128 / 32; row < work.heads; row += 4) {
-    store_row(shared, p, work, row, column, *reinterpret_cast<const uint4*>(output(shared, row, column)));
+    store_row(p, work, row, column, *reinterpret_cast<const uint4*>(output(shared, row, column)));
   }
 }
 
-/// Sums the splits of this block's share of the output, in the order of their ranks.
+/// The dims of a value, in units of eight, that a block of a cluster combines.
+struct Units {
+  static constexpr int kDims = 8, kAll = kValueDims / kDims;
+  int begin, count;
+  __device__ Units(int rank, int splits) : begin(kAll * rank / splits), count(kAll * (rank + 1) / splits - begin) {}
+  __device__ static int owner(int unit, int splits) { return (splits * (unit + 1) - 1) / kAll; }
+};
+
+// Each block of a cluster sends all that it has: to every block its row states, and its sums of the units that the
+// other combines, as bf16 relative to its own maxima. The inbox takes the place of the keys, so nothing is sent before
+// all blocks have done their products.
+
+template <class T>
+__device__ RowState* inbox_state(Shared<T>& shared, int rank, int row) {
+  return reinterpret_cast<RowState*>(shared.keys) + rank * kTileHeads + row;
+}
+template <class T>
+__device__ uint4* inbox(Shared<T>& shared, const Work& work, int rank, const Units& units, int unit, int row) {
+  constexpr int kStates = kMaxSplits * kTileHeads * sizeof(RowState) / sizeof(uint4);
+  constexpr int kLargest = Units::kAll + kMaxSplits;  // units of all ranks: as many as there are, rounded up
+  static_assert(sizeof shared.keys >= sizeof(uint4) * (kStates + kLargest * kTileHeads));
+  return reinterpret_cast<uint4*>(shared.keys) + kStates + (rank * units.count + unit - units.begin) * work.heads + row;
+}
+
+/// One thread, before any block sends.
+template <class T>
+__device__ void expect_splits(Shared<T>& shared, const Work& work) {
+  const int row_bytes = Units(work.split, work.splits).count * int{sizeof(uint4)} + int{sizeof(RowState)};
+  cuda::arrive_expecting(&shared.splits_full, work.splits * work.heads * row_bytes);
+}
+
+template <class T>
+__device__ void send_splits(Shared<T>& shared, const Work& work) {
+  const int warp = cuda::warp_id(), lane = cuda::lane_id();
+  for (int unit = warp; unit < Units::kAll; unit += kMathWarps) {
+    const int to = Units::owner(unit, work.splits);
+    const Units units(to, work.splits);
+    const uint32_t barrier = cuda::address_in(to, &shared.splits_full);
+    const uint32_t first = cuda::address_in(to, inbox(shared, work, work.split, units, unit, 0));
+    for (int row = lane; row < work.heads; row += cuda::kWarpSize) {
+      const auto* const from = reinterpret_cast<const uint4*>(output(shared, row, unit * Units::kDims));
+      cuda::store_counted(first + row * sizeof(uint4), *from, barrier);
+    }
+  }
+  for (int to = warp; to < work.splits; to += kMathWarps) {
+    const uint32_t barrier = cuda::address_in(to, &shared.splits_full);
+    const uint32_t first = cuda::address_in(to, inbox_state(shared, work.split, 0));
+    for (int row = lane; row < work.heads; row += cuda::kWarpSize) {
+      const RowState state = shared.state[row];
+      cuda::store_counted(first + row * sizeof state, __float_as_uint(state.max), __float_as_uint(state.sum), barrier);
+    }
+  }
+}
+
+/// This block's units of the output: the splits in the order of their ranks.
 template <class T>
 __device__ void combine(Shared<T>& shared, const SparseMlaParams& p, const Work& work) {
-  constexpr int kUnits = kValueDims / 8;
-  for (int i = work.split * kMathThreads + threadIdx.x; i < work.heads * kUnits; i += work.splits * kMathThreads) {
-    const int row = i / kUnits, column = i % kUnits * 8;
-    const auto* const from = reinterpret_cast<const float4*>(partial(shared, row, column));
-    float x[8] = {};
+  const Units units(work.split, work.splits);
+  for (int i = threadIdx.x; i < units.count * work.heads; i += kMathThreads) {
+    const int unit = units.begin + i / work.heads, row = i % work.heads;
+    float max = -__builtin_inff(), sum = 0, x[Units::kDims] = {};
+    for (int rank = 0; rank < work.splits; ++rank) max = fmaxf(max, inbox_state(shared, rank, row)->max);
 #pragma unroll 4
     for (int rank = 0; rank < work.splits; ++rank) {
-      const float4 a = cuda::load_from(rank, from), b = cuda::load_from(rank, from + 1);
-      const float add[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+      const RowState state = *inbox_state(shared, rank, row);
+      const float weight = fast_exp2(state.max - finite_base(max));
+      sum += state.sum * weight;
+      const uint4 part = *inbox(shared, work, rank, units, unit, row);
+      const uint32_t words[] = {part.x, part.y, part.z, part.w};
 #pragma unroll
-      for (int j = 0; j < 8; ++j) x[j] += add[j];
+      for (int j = 0; j < Units::kDims; ++j) {
+        x[j] += weight * __uint_as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u);
+      }
     }
-    store_row(shared, p, work, row, column, cuda::bf16_chunk(x));
+    const float lse = lse_of(max, sum), factor = sum == 0 ? 0.0f : kept(p, work, row, lse) / sum;
+#pragma unroll
+    for (float& value : x) value *= factor;
+    if (unit == 0) store_lse(p, work, row, lse);
+    store_row(p, work, row, unit * Units::kDims, cuda::bf16_chunk(x));
   }
 }
 
-/// cluster_sync() as often as finish() does, for the other warps of the block.
-inline __device__ void attend_finish(const Work& work) {
-  if (work.splits == 1) return;
+/// The part of finish() that concerns the other warps of a block in a cluster.
+inline __device__ void attend_finish() {
   __syncwarp();
-  for (int i = 0; i < 3; ++i) cuda::cluster_sync<kMaxSplits>();
+  cuda::cluster_arrive();
+  cuda::cluster_wait();
 }
 
 /// The math warpgroups.
@@ -111,41 +154,31 @@ __device__ void finish(Math<T>& math, const SparseMlaParams& p, const Work& work
     if (cuda::lane_id() % 4 == 0) shared.sums[math.warpgroup][first + 8 * r] = sum;
   }
   cuda::sync_threads<kMathThreads>(kBarrierOfMath);  // and no products read queries or keys any more
-  if (math.warpgroup == 0 && cuda::lane_id() % 4 == 0) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = first + 8 * r;
-      shared.states[row] = {math.max[r], shared.sums[0][row] + shared.sums[1][row]};
-    }
-  }
-  if (work.splits == 1) {
-    cuda::sync_threads<kMathThreads>(kBarrierOfMath);
-  } else {
-    cuda::cluster_sync<kMaxSplits>();
-  }
+  if (work.splits > 1) cuda::cluster_arrive();
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = first + 8 * r;
-    const Total all = total(shared, p, work, row);
-    const float factor = all.factor * fast_exp2(math.max[r] - finite_base(all.max));
-    if (math.warpgroup == 0 && cuda::lane_id() % 4 == 0 && work.split == 0 && row < work.heads) {
-      p.lse[work.token * p.heads + work.first_head + row] = all.lse;
+    const RowState state{math.max[r], shared.sums[0][row] + shared.sums[1][row]};
+    const float lse = lse_of(state.max, state.sum);
+    const bool single = work.splits == 1;
+    if (math.warpgroup == 0 && cuda::lane_id() % 4 == 0 && row < work.heads) {
+      if (single) store_lse(p, work, row, lse);
+      shared.state[row] = state;
     }
+    const float factor = !single ? 1.0f : state.sum == 0 ? 0.0f : kept(p, work, row, lse) / state.sum;
 #pragma unroll
     for (int j = 0; j < kHalfDims / 8; ++j) {
       const int i = 4 * j + 2 * r, column = math.warpgroup * kHalfDims + 8 * j + first_column();
-      const float low = values(i) * factor, high = values(i + 1) * factor;
-      if (work.splits == 1) {
-        *reinterpret_cast<uint32_t*>(output(shared, row, column)) = cuda::float_to_bf16x2(low, high);
-      } else {
-        *reinterpret_cast<float2*>(partial(shared, row, column)) = {low, high};
-      }
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(values(i) * factor, values(i + 1) * factor);
+      *reinterpret_cast<__nv_bfloat162*>(output(shared, row, column)) = pair;
     }
   }
   if (work.splits == 1) return store_output(shared, p, work, math.warpgroup);
-  cuda::cluster_sync<kMaxSplits>();
+  cuda::sync_threads<kMathThreads>(kBarrierOfMath);
+  cuda::cluster_wait();
+  send_splits(shared, work);
+  cuda::wait(&shared.splits_full, 0);
   combine(shared, p, work);
-  cuda::cluster_sync<kMaxSplits>();  // the others still read this block's memory
 }
 
 }  // namespace indexcache::sm90::attention

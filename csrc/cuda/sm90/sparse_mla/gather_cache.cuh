@@ -20,87 +20,132 @@ __device__ inline uint4 dequantise(uint32_t low, uint32_t high, float scale) {
   return {pair(a.x, a.y), pair(a.z, a.w), pair(b.x, b.y), pair(b.z, b.w)};
 }
 
-/// What a thread holds of a cache row: a quarter of each 64 values and of the rope dims.
-struct RowQuarter {
-  static constexpr int kThreads = 4;  // per row
-  uint4 values[8], rope[2];
-  float4 scales;
+#ifndef MLA_LOAD
+#define MLA_LOAD "ld.global.nc.L1::no_allocate"
+#endif
+#ifndef MLA_PREFETCH
+#define MLA_PREFETCH 1
+#endif
+/// The row of a key that names none.
+static __device__ const uint4 kZeroRow[kLatentBytes / sizeof(uint4)] = {};
 
-  /// `from` null gives zeros.
-  __device__ static uint4 load(const uint8_t* from, int offset) {
+/// What a lane holds of a cache row: 16 bytes of each 128 values and of the rope dims, and the scales.
+struct RowPart {
+  uint4 values[cuda::kLatentGroups], rope;
+  float4 scales;
+};
+
+/// How a warp converts four rows: eight lanes a row, so that a load has 128 bytes of each. The lanes of a row are
+/// spread so that eight consecutive ones store into different banks.
+struct RowLane {
+  static constexpr int kRows = 4;  // of a warp at a time
+  int row, half, quarter;          // of the set; of 128 values; of 64
+
+  __device__ RowLane()
+      : row(cuda::lane_id() / 4 % 2 + cuda::lane_id() / 16 * 2),
+        half(cuda::lane_id() / 8 % 2),
+        quarter(cuda::lane_id() % 4) {}
+
+  /// The 64-byte half of the rope dims: another in the neighbouring row.
+  __device__ int rope_half() const { return half ^ row % 2; }
+
+  __device__ static uint4 load(const uint8_t* from) {
     uint4 x;
-    asm volatile(
-        "{\n  .reg .pred p;\n  setp.ne.u64 p, %4, 0;\n"
-        "  mov.u32 %0, 0;\n  mov.u32 %1, 0;\n  mov.u32 %2, 0;\n  mov.u32 %3, 0;\n"
-        "  @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%5];\n}"
-        : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-        : "l"(from), "l"(from + offset)
-        : "memory");
+    asm volatile(MLA_LOAD ".v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from)
+                 : "memory");
     return x;
   }
-  __device__ void load_value(const uint8_t* from, int i, int part) { values[i] = load(from, (i * kThreads + part) * 16); }
-  __device__ void load_rope(const uint8_t* from, int i, int part) {
-    rope[i] = load(from, cuda::kLatentRopeOffset + (i * kThreads + part) * 16);
+  __device__ void load(RowPart& part, const uint8_t* row_start) const {
+    const uint8_t* const values = row_start + half * 64 + quarter * 16;
+    part.scales = __builtin_bit_cast(float4, load(row_start + cuda::kLatentScaleOffset));
+#pragma unroll
+    for (int i = 0; i < cuda::kLatentGroups; ++i) part.values[i] = load(values + i * kLatentScaleGroup);
+    part.rope = load(row_start + cuda::kLatentRopeOffset + rope_half() * 64 + quarter * 16);
   }
-  __device__ void load_scales(const uint8_t* from) {
-    scales = __builtin_bit_cast(float4, load(from, cuda::kLatentScaleOffset));
+
+  /// Into row `key` of a key block.
+  __device__ void store(const RowPart& part, uint16_t* block, int key) const {
+    const auto put = [&](int chunk, int unit, uint4 x) {
+      *reinterpret_cast<uint4*>(block + unit_offset(chunk, key, unit)) = x;
+    };
+    const float scales[] = {part.scales.x, part.scales.y, part.scales.z, part.scales.w};
+#pragma unroll
+    for (int i = 0; i < cuda::kLatentGroups; ++i) {
+      const uint4 x = part.values[i];
+      put(2 * i + half, 2 * quarter, dequantise(x.x, x.y, scales[i]));
+      put(2 * i + half, 2 * quarter + 1, dequantise(x.z, x.w, scales[i]));
+    }
+    put(kValueDims / kChunkDims, 4 * rope_half() + quarter, part.rope);
   }
 };
 
-/// Four threads convert a row, 64 bytes at a time, and a warp eight rows, so that its 16-byte stores meet no bank twice.
-/// The warpgroup has half a key block at a time; whatever it has stored makes room for a load of the next half.
+/// Each warp has 16 neighbouring keys of a block, and holds the bytes of eight: a turn stores them, and loads take their
+/// place. The loads of a turn wait together in the next (ptxas tells loads apart within a basic block only), so that
+/// more of them in flight would not be better; a prefetch into L2, a block ahead, shortens the wait.
 template <class T>
 __device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list, CacheSource) {
-  constexpr int kHalfKeys = kTileKeys / 2;
-  static_assert(T::kProducerThreads == RowQuarter::kThreads * kHalfKeys);
-  const int thread = threadIdx.x - kMathThreads, part = thread % RowQuarter::kThreads;
-  const int row = thread / RowQuarter::kThreads;
+  constexpr int kWarpKeys = kTileKeys / (T::kProducerThreads / cuda::kWarpSize), kHeld = 2;
+  constexpr int kTurnKeys = kHeld * RowLane::kRows, kTurns = kWarpKeys / kTurnKeys;
+  static_assert(kWarpKeys == 16 && kTurns == 2);
+  const int first_key = (cuda::warp_id() - kMathWarps) * kWarpKeys;
+  const RowLane lane;
   const auto page_size = static_cast<uint32_t>(p.cache.page_size);
+  /// Of the lane's own key, one of 16.
+  const auto entry = [&](int block) { return list.entry(block * kTileKeys + first_key + cuda::lane_id() % kWarpKeys); };
   const auto address = [&](int slot) -> const uint8_t* {
     const auto s = static_cast<uint32_t>(slot);
-    if (slot < 0) return nullptr;
+    if (!list.names_row(slot)) return reinterpret_cast<const uint8_t*>(kZeroRow);
     return p.cache.data + s / page_size * p.cache.page_stride + s % page_size * kLatentBytes;
   };
-  const uint8_t* from = address(list.row(row));
-  int next_slot = list.row(kHalfKeys + row);
-  RowQuarter own;
-  own.load_scales(from);
+  const auto prefetch = [&](const uint8_t* own) {
+#if MLA_PREFETCH == 1
+    constexpr int kLine = 128;
+    own += cuda::lane_id() / kWarpKeys * 3 * kLine;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) own.load_value(from, i, part);
+    for (int i = 0; i < 3; ++i) asm volatile("prefetch.global.L2 [%0];" ::"l"(own + i * kLine));
+#elif MLA_PREFETCH == 2
+    if (cuda::lane_id() < kWarpKeys) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(own), "n"(kLatentBytes));
+#endif
+  };
+  RowPart parts[kHeld];
+  const auto load = [&](int set, const uint8_t* own, int turn) {
+    const int from = turn * kTurnKeys + set * RowLane::kRows + lane.row;
+    const auto bits = __shfl_sync(cuda::kFullMask, reinterpret_cast<uint64_t>(own), from);
+    lane.load(parts[set], reinterpret_cast<const uint8_t*>(bits));
+  };
+  int own_slot = entry(0), next_slot = entry(1);
+  const uint8_t* own = address(own_slot);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) own.load_rope(from, i, part);
-  const int halves = 2 * list.blocks();
-  for (int half = 0; half < halves; ++half) {
-    const int block = half / 2, stage = block % kStages;
-    from = address(next_slot);  // an entry behind the list names no row
-    next_slot = list.row((half + 2) * kHalfKeys + row);
-    const float4 scales = own.scales;
-    own.load_scales(from);
-    if (half % 2 == 0) {
+  for (int i = 0; i < kHeld; ++i) load(i, own, 0);
+  prefetch(own);
+  const int turns = kTurns * list.blocks();
+  for (int turn = 0; turn < turns; ++turn) {
+    const int block = turn / kTurns, stage = block % kStages, part = turn % kTurns;
+    if (part == 0) {
+      const uint32_t valid = __ballot_sync(cuda::kFullMask, list.names_row(own_slot));
+      own_slot = next_slot;
+      next_slot = entry(block + 2);
       cuda::wait(&shared.key_empty[stage], (block / kStages & 1) ^ 1);
-      if (thread < cuda::kWarpSize) store_valid(shared, stage, list, block * kTileKeys);
-    }
-    auto* const to = shared.keys[stage] + half % 2 * kHalfKeys * kChunkDims;  // 32 rows keep the swizzle
-    const auto store = [&](int chunk, int unit, uint4 x) {
-      *reinterpret_cast<uint4*>(to + unit_offset(chunk, row, unit)) = x;
-    };
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float scale = i < 2 ? scales.x : i < 4 ? scales.y : i < 6 ? scales.z : scales.w;
-      const uint4 x = own.values[i];
-      own.load_value(from, i, part);
-      store(i, 2 * part, dequantise(x.x, x.y, scale));
-      store(i, 2 * part + 1, dequantise(x.z, x.w, scale));
-      if (i % 2 == 1) __syncwarp();  // keeps ptxas from moving all loads behind all arithmetic
+      if (cuda::lane_id() == 0) {
+        reinterpret_cast<uint16_t*>(shared.valid[stage])[first_key / kWarpKeys] = static_cast<uint16_t>(valid);
+      }
+    } else {
+      own = address(own_slot);  // of the next block
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      store(T::kChunks - 1, i * RowQuarter::kThreads + part, own.rope[i]);
-      own.load_rope(from, i, part);
+    for (int i = 0; i < kHeld; ++i) {
+      lane.store(parts[i], shared.keys[stage], first_key + part * kTurnKeys + i * RowLane::kRows + lane.row);
+      load(i, own, 1 - part);
     }
-    if (half % 2 == 1) {
+    if (part == 0) {
+      prefetch(address(own_slot));
+    } else {
+#ifdef MLA_FENCE
       cuda::fence_async_proxy();
-      __syncwarp();
+#endif
+      __syncwarp();  // the readers have the fence between these writes and the tensor cores
       if (cuda::lane_id() == 0) cuda::arrive(&shared.key_full[stage]);
     }
   }

@@ -9,19 +9,19 @@ namespace indexcache::sm90::attention {
 
 struct Call {
   SparseMlaParams p;
-  CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, 64 heads and 64 dims
+  CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, tile_heads heads and 64 dims
+  Cut cut;
   int head_tiles;
-  int splits;  // and the size of a cluster
 };
 
 inline __device__ Work work_of_block(const Call& call) {
-  const unsigned item = blockIdx.x / call.splits, token = item / call.head_tiles;
-  const int head = static_cast<int>(item - token * call.head_tiles) * kTileHeads;
+  const unsigned item = blockIdx.x / call.cut.splits, token = item / call.head_tiles;
+  const int head = static_cast<int>(item - token * call.head_tiles) * call.cut.tile_heads;
   return {.token = token,
           .first_head = head,
-          .heads = min(kTileHeads, call.p.heads - head),
-          .split = static_cast<int>(blockIdx.x % call.splits),
-          .splits = call.splits};
+          .heads = min(call.cut.tile_heads, call.p.heads - head),
+          .split = static_cast<int>(blockIdx.x % call.cut.splits),
+          .splits = call.cut.splits};
 }
 
 /// The share of a split is whole key blocks. It depends on the row and the splits only.
@@ -41,6 +41,7 @@ __device__ void init_barriers(Shared<T>& shared) {
     cuda::init_barrier(&shared.key_empty[i], kMathWarps);
   }
   for (int i = 0; i < kMathWarpgroups; ++i) cuda::init_barrier(&shared.probabilities_full[i], 4);
+  cuda::init_barrier(&shared.splits_full, 1);
   cuda::publish_barriers();
 }
 
@@ -48,7 +49,7 @@ __device__ void init_barriers(Shared<T>& shared) {
 template <class T>
 __device__ void copy_queries(Shared<T>& shared, const Call& call, const Work& work) {
   const uint64_t policy = cuda::evict_first();
-  cuda::arrive_expecting(&shared.query_full, T::kQueryBytes);
+  cuda::arrive_expecting(&shared.query_full, call.cut.tile_heads * T::kDims * 2);
   for (int chunk = 0; chunk < T::kChunks; ++chunk) {
     cuda::copy_tile(shared.queries + chunk * kChunkElements, &call.queries, chunk * kChunkDims, work.first_head,
                     static_cast<int>(work.token), &shared.query_full, policy);
@@ -62,16 +63,17 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
   const Work work = work_of_block(call);
   if (threadIdx.x == 0) {
     init_barriers(shared);
-    copy_queries(shared, call, work);
+    if (work.splits > 1) expect_splits(shared, work);
   }
   __syncthreads();
+  if (threadIdx.x == 0) copy_queries(shared, call, work);
   const KeyList keys = keys_of_split(call.p, work);
   // The shuffle tells the compiler that it is the same in all lanes.
   const int warpgroup = __shfl_sync(cuda::kFullMask, cuda::warp_id(), 0) / 4;
   if (warpgroup >= kMathWarpgroups) {
     cuda::give_registers<T::Source::kProducerRegisters>();
     produce(shared, call.p, keys, typename T::Source{});
-    attend_finish(work);
+    if (work.splits > 1) attend_finish();
   } else {
     cuda::take_registers<T::Source::kMathRegisters>();
     constexpr float kLog2E = 1.44269504088896f;
