@@ -26,16 +26,29 @@ inline constexpr int kStages = 2;
 inline constexpr int kMaxSplits = 16;  // the largest cluster
 inline constexpr int kChunkElements = kTileKeys * kChunkDims;
 
+// A key block arrives, is scored, and is freed in four parts of dims, in this order; part p holds half p / 2 of the value
+// dims of warpgroup p % 2, and the last one the rope dims too.
+inline constexpr int kParts = 4;
+inline constexpr int kPartDims = kHalfDims / 2;  // of values; N of wgmma
+constexpr int part_warpgroup(int part) { return part % kMathWarpgroups; }
+constexpr int first_chunk(int part) { return (part_warpgroup(part) * kHalfDims + part / 2 * kPartDims) / kChunkDims; }
+constexpr int end_chunk(int part, int chunks) { return part == kParts - 1 ? chunks : first_chunk(part) + kPartDims / kChunkDims; }
+
 /// Where the rows come from. At the start a thread has 168 registers, and the three warpgroups deal out 3 x 168 among
 /// them: asking for more would wait for ever. A fourth warpgroup would leave too few for the accumulators (ptxas C7602).
 inline constexpr int kStartRegisters = 168;
 struct DenseSource {  // bf16 rows, copied by cp.async
   static constexpr int kProducerRegisters = 72;
   static constexpr int kMathRegisters = 216;
+#ifndef EARLY
+#define EARLY 2
+#endif
+  static constexpr int kEarlyParts = EARLY;  // are scored before the values of the block before, the others after them
 };
 struct CacheSource {  // 656-byte rows, dequantised in registers
   static constexpr int kProducerRegisters = 104;
   static constexpr int kMathRegisters = 200;
+  static constexpr int kEarlyParts = 0;
 };
 
 template <class source, int d_qk>
@@ -51,7 +64,9 @@ struct Tile {
   static_assert(kMathWarpgroups * Source::kMathRegisters + Source::kProducerRegisters <= 3 * kStartRegisters);
 };
 
-/// What a row of scores has come to; the maximum is of scaled scores in base 2.
+/// What a row of scores has come to: the sum of exp2(score - max), of scores to base 2. The maximum is the true one or up
+/// to kSlack less.
+inline constexpr float kSlack = 8;
 struct RowState {
   float max, sum;
 };
@@ -69,7 +84,7 @@ struct Shared {
   RowState states[kTileHeads];              // of this split
   uint32_t valid[kStages][kTileKeys / 32];  // a bit per key
   uint64_t query_full;
-  uint64_t key_full[kStages], key_empty[kStages];
+  uint64_t key_full[kStages][kParts], key_empty[kStages][kParts];
   uint64_t probabilities_full[kMathWarpgroups];  // phase i: those of the warpgroup's block i
 };
 

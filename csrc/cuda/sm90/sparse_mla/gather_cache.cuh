@@ -8,7 +8,7 @@
 namespace indexcache::sm90::attention {
 
 /// Arrivals that fill a key block: of warps.
-constexpr int full_arrivals(CacheSource) { return 4; }
+constexpr int full_arrivals(CacheSource, int) { return 4; }
 
 /// Eight e4m3 times a scale, rounded once, as gather_latent_kv does.
 __device__ inline uint4 dequantise(uint32_t low, uint32_t high, float scale) {
@@ -77,7 +77,7 @@ __device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyLi
     const float4 scales = own.scales;
     own.load_scales(from);
     if (half % 2 == 0) {
-      cuda::wait(&shared.key_empty[stage], (block / kStages & 1) ^ 1);
+      for (auto& empty : shared.key_empty[stage]) cuda::wait(&empty, (block / kStages & 1) ^ 1);
       if (thread < cuda::kWarpSize) store_valid(shared, stage, list, block * kTileKeys);
     }
     auto* const to = shared.keys[stage] + half % 2 * kHalfKeys * kChunkDims;  // 32 rows keep the swizzle
@@ -101,7 +101,7 @@ __device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyLi
     if (half % 2 == 1) {
       cuda::fence_async_proxy();
       __syncwarp();
-      if (cuda::lane_id() == 0) cuda::arrive(&shared.key_full[stage]);
+      if (cuda::lane_id() < kParts) cuda::arrive(&shared.key_full[stage][cuda::lane_id()]);
     }
   }
 }

@@ -37,8 +37,10 @@ template <class T>
 __device__ void init_barriers(Shared<T>& shared) {
   cuda::init_barrier(&shared.query_full, 1);
   for (int i = 0; i < kStages; ++i) {
-    cuda::init_barrier(&shared.key_full[i], full_arrivals(typename T::Source{}));
-    cuda::init_barrier(&shared.key_empty[i], kMathWarps);
+    for (int part = 0; part < kParts; ++part) {
+      cuda::init_barrier(&shared.key_full[i][part], full_arrivals(typename T::Source{}, part));
+      cuda::init_barrier(&shared.key_empty[i][part], kMathWarps / kMathWarpgroups);
+    }
   }
   for (int i = 0; i < kMathWarpgroups; ++i) cuda::init_barrier(&shared.probabilities_full[i], 4);
   cuda::publish_barriers();

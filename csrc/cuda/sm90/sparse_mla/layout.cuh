@@ -28,10 +28,11 @@ inline constexpr auto kRowMajor = cute::GMMA::Major::K;
 inline constexpr auto kColumnMajor = cute::GMMA::Major::MN;
 using ScoreMma = decltype(cute::make_tiled_mma(cute::SM90_64x64x16_F32BF16BF16_SS<kRowMajor, kRowMajor>{}));
 /// Probabilities from registers (of the warpgroup that scored) or from shared memory (of the other).
-using OwnValueMma = decltype(cute::make_tiled_mma(cute::SM90_64x256x16_F32BF16BF16_RS<kRowMajor, kColumnMajor>{}));
-using ValueMma = decltype(cute::make_tiled_mma(cute::SM90_64x256x16_F32BF16BF16_SS<kRowMajor, kColumnMajor>{}));
+using OwnValueMma = decltype(cute::make_tiled_mma(cute::SM90_64x128x16_F32BF16BF16_RS<kRowMajor, kColumnMajor>{}));
+using ValueMma = decltype(cute::make_tiled_mma(cute::SM90_64x128x16_F32BF16BF16_SS<kRowMajor, kColumnMajor>{}));
 
 inline constexpr int kStepDims = 16;  // K of wgmma
+inline constexpr int kChunkSteps = kChunkDims / kStepDims;
 inline constexpr int kValueSteps = kTileKeys / kStepDims;
 
 /// 16-byte units of the row-swizzled chunks: element offset of dims 8 * unit … of `row`, unit < 8.

@@ -28,6 +28,12 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
+/// The compiler cannot compute ahead with it, and so does not keep a register for each of many derived values.
+__device__ inline uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 /// Before there is a key: exp2(-inf - 0) = 0, not NaN.
 __device__ inline float finite_base(float max) { return max == -__builtin_inff() ? 0.0f : max; }
 
@@ -41,6 +47,7 @@ template <class T>
 struct Math {
   static constexpr int kScores = kTileKeys / 2;   // of a thread
   static constexpr int kValues = kHalfDims / 2;
+  static constexpr int kEarlyParts = T::Source::kEarlyParts;
 
   Shared<T>& shared;
   const int warpgroup;
@@ -48,77 +55,95 @@ struct Math {
   float max[kRows] = {-__builtin_inff(), -__builtin_inff()};
   float sum[kRows] = {};  // of this thread's columns of the blocks that the warpgroup scored
 
-  __device__ static auto row_tile(uint16_t* data) {
-    return cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(data)), RowsLayout<T::kDims>{});
+  __device__ static auto row_tile(Bf16* data) {
+    return cute::make_tensor(cute::make_smem_ptr(data), RowsLayout<T::kDims>{});
   }
 
-  /// Starts the scores of `block`, a group of its own.
-  template <class Scores>
+  /// The rows of `block`, from `chunk` on.
+  __device__ Bf16* keys_of(int block, int chunk) {
+    return reinterpret_cast<Bf16*>(shared.keys[block % kStages] + chunk * kChunkElements);
+  }
+
+  /// Starts parts kFirst … kEnd - 1 of the scores of `block` as they arrive, a group.
+  template <int kFirst, int kEnd, class Scores>
   __device__ void start_scores(Scores& scores, int block) {
-    cuda::wait(&shared.key_full[block % kStages], block / kStages & 1);
-    cuda::fence_async_proxy();  // the copies were ordinary writes
-    issue_scores(scores, block);
-  }
-
-  template <class Scores>
-  __device__ void issue_scores(Scores& scores, int block) {
-    const int stage = block % kStages;
-    const auto mma = ScoreMma{}.get_slice(threadIdx.x % 128);
-    const auto queries = mma.partition_fragment_A(row_tile(shared.queries));
-    const auto keys = mma.partition_fragment_B(row_tile(shared.keys[stage]));
-    ScoreMma product;
-    product.accumulate_ = cute::GMMA::ScaleOut::Zero;
-    cute::warpgroup_fence_operand(scores);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int step = 0; step < T::kDims / kStepDims; ++step) {
-      cute::gemm(product, queries(cute::_, cute::_, step), keys(cute::_, cute::_, step), scores);
-      product.accumulate_ = cute::GMMA::ScaleOut::One;
-    }
+    if constexpr (kFirst == kEnd) return;
+    cute::for_each(cute::make_range<kFirst, kEnd>{}, [&](auto part) {
+      cuda::wait(&shared.key_full[block % kStages][part], block / kStages & 1);
+      cuda::fence_async_proxy();  // the copies were ordinary writes
+      issue_scores<part>(scores, block);
+    });
     cute::warpgroup_commit_batch();
   }
 
-  /// Dot products become probabilities relative to the new maximum, as bf16 pairs; the scale of what was before them.
+  template <int kPart, class Scores>
+  __device__ void issue_scores(Scores& scores, int block) {
+    const auto mma = ScoreMma{}.get_slice(threadIdx.x % 128);
+    const auto queries = mma.partition_fragment_A(row_tile(reinterpret_cast<Bf16*>(shared.queries)));
+    const auto keys = mma.partition_fragment_B(row_tile(keys_of(block, 0)));
+    constexpr int kFirst = first_chunk(kPart) * kChunkSteps, kEnd = end_chunk(kPart, T::kChunks) * kChunkSteps;
+    ScoreMma product;
+    product.accumulate_ = kPart == 0 ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
+    cute::warpgroup_fence_operand(scores);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int step = kFirst; step < kEnd; ++step) {
+      cute::gemm(product, queries(cute::_, cute::_, step), keys(cute::_, cute::_, step), scores);
+      product.accumulate_ = cute::GMMA::ScaleOut::One;
+    }
+  }
+
+  /// Dot products become probabilities, as bf16 pairs; the scale of what was before them.
   template <class Scores>
   __device__ void softmax(Scores& scores, int block, uint32_t (&pairs)[kScores / 2], float (&correction)[kRows]) {
     const uint32_t* const valid = shared.valid[block % kStages];
-    const uint32_t words[2] = {valid[0] >> first_column(), valid[1] >> first_column()};
-    float top[kRows] = {max[0], max[1]};
+    if ((valid[0] & valid[1]) != ~0u) {
+      const uint32_t words[2] = {opaque(valid[0] >> first_column()), opaque(valid[1] >> first_column())};
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int column = i / 4 * 8 + i % 2;
-      const bool listed = words[column / 32] >> column % 32 & 1;
-      scores(i) = listed ? scores(i) * scale : -__builtin_inff();
-      top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores(i));
+      for (int i = 0; i < kScores; ++i) {
+        const int column = i / 4 * 8 + i % 2;
+        if (!(words[column / 32] >> column % 32 & 1)) scores(i) = -__builtin_inff();
+      }
     }
+    float top[kRows] = {-__builtin_inff(), -__builtin_inff()};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores(i));
+    float base[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 1));
-      top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 2));
-      correction[r] = fast_exp2(max[r] - finite_base(top[r]));
-      max[r] = top[r];
-      sum[r] *= correction[r];
+      top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 2)) * scale;
+      follow(r, top[r] > max[r] + kSlack ? top[r] : max[r], correction);
+      base[r] = finite_base(max[r]);
     }
 #pragma unroll
     for (int i = 0; i < kScores; i += 2) {
       const int r = i / 2 % 2;
-      const float base = finite_base(max[r]);
-      const float low = fast_exp2(scores(i) - base), high = fast_exp2(scores(i + 1) - base);
+      const float low = fast_exp2(fmaf(scores(i), scale, -base[r])), high = fast_exp2(fmaf(scores(i + 1), scale, -base[r]));
       sum[r] += low + high;
       pairs[i / 2] = __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(__floats2bfloat162_rn(low, high)));
     }
   }
 
+  /// A new maximum of a row.
+  __device__ void follow(int r, float top, float (&correction)[kRows]) {
+    correction[r] = fast_exp2(max[r] - finite_base(top));
+    max[r] = top;
+    sum[r] *= correction[r];
+  }
+
   /// Gives the other warpgroup what it needs of a block.
   __device__ void publish(const uint32_t (&pairs)[kScores / 2]) {
-    const int row = first_row();
-    cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);  // no warp's products read the block before any more
+    // A lane names a row of one of four 8 x 8 matrices: two of rows by two units of eight columns.
+    const int lane = cuda::lane_id(), matrix_row = threadIdx.x % 128 / 32 * 16 + lane % 16, unit = lane / 16;
+    const auto* const to = reinterpret_cast<const uint8_t*>(shared.probabilities + unit_offset(0, matrix_row, unit));
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) {
-      const int unit = i / 2;  // eight columns
-      auto* const to = shared.probabilities + unit_offset(0, row + i % 2 * 8, unit) + first_column();
-      *reinterpret_cast<uint32_t*>(to) = pairs[i];
+    for (int i = 0; i < kScores / 2; i += 4) {
+      const auto at = reinterpret_cast<uintptr_t>(to) ^ i / 2 * 16;  // rows are aligned to their 128 bytes
+      cute::SM90_U32x4_STSM_N::copy(pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3],
+                                    *reinterpret_cast<cute::uint128_t*>(at));
     }
+    const int row = first_row();
     if (cuda::lane_id() % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) shared.max[row + 8 * r] = max[r];
@@ -132,15 +157,10 @@ struct Math {
     cuda::wait(&shared.probabilities_full[block % kMathWarpgroups], block / kMathWarpgroups & 1);
     cuda::fence_async_proxy();
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float top = shared.max[first_row() + 8 * r];
-      correction[r] = fast_exp2(max[r] - finite_base(top));
-      max[r] = top;
-      sum[r] *= correction[r];
-    }
+    for (int r = 0; r < kRows; ++r) follow(r, shared.max[first_row() + 8 * r], correction);
   }
 
-  /// The maximum rises ever more rarely, and 1 changes no bits.
+  /// Rare after the first blocks, and 1 changes no bits.
   template <class Values>
   __device__ static void rescale(Values& values, const float (&correction)[kRows]) {
     if (__all_sync(cuda::kFullMask, correction[0] == 1.0f && correction[1] == 1.0f)) return;
@@ -148,21 +168,33 @@ struct Math {
     for (int i = 0; i < kValues; ++i) values(i) *= correction[i / 2 % 2];
   }
 
-  /// Starts this warpgroup's half of the values of `block`, a group of its own.
+  /// Starts this warpgroup's half of the values of `block`, a group for each part.
   template <class Mma, class Probabilities, class Values>
   __device__ void start_values(const Probabilities& probabilities, int block, Values& values) {
-    auto* const half = shared.keys[block % kStages] + warpgroup * (kHalfDims / kChunkDims) * kChunkElements;
-    const auto tile = cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(half)), ValuesLayout{});
+    const auto tile = cute::make_tensor(cute::make_smem_ptr(keys_of(block, warpgroup * kHalfDims / kChunkDims)), ValuesLayout{});
     const auto keys = Mma{}.get_slice(threadIdx.x % 128).partition_fragment_B(tile);
     Mma product;
     product.accumulate_ = cute::GMMA::ScaleOut::One;
     cute::warpgroup_fence_operand(values);
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int step = 0; step < kValueSteps; ++step) {
-      cute::gemm(product, probabilities(cute::_, cute::_, step), keys(cute::_, cute::_, step), values);
+    for (int part = 0; part < kHalfDims / kPartDims; ++part) {
+#pragma unroll
+      for (int step = 0; step < kValueSteps; ++step) {
+        cute::gemm(product, probabilities(cute::_, 0, step), keys(cute::_, part, step), values(cute::_, 0, part));
+      }
+      cute::warpgroup_commit_batch();
     }
-    cute::warpgroup_commit_batch();
+  }
+
+  /// Frees the parts of `block` as this warpgroup's values are done; kLater groups were started after them.
+  template <int kLater, class Values>
+  __device__ void end_values(int block, Values& values) {
+    cute::warpgroup_wait<kLater + 1>();
+    warp_arrive(&shared.key_empty[block % kStages][warpgroup]);
+    cute::warpgroup_wait<kLater>();
+    warp_arrive(&shared.key_empty[block % kStages][kMathWarpgroups + warpgroup]);
+    cute::warpgroup_fence_operand(values);
   }
 
   /// A block whose scores this warpgroup has started.
@@ -191,27 +223,27 @@ struct Math {
     start_values<ValueMma>(ValueMma{}.get_slice(threadIdx.x % 128).partition_fragment_A(tile), block, values);
   }
 
-  template <int kPending, class Values>
-  __device__ void end_values(int block, Values& values) {
-    cute::warpgroup_wait<kPending>();
-    cute::warpgroup_fence_operand(values);
-    warp_arrive(&shared.key_empty[block % kStages]);
-  }
-
   template <class Values>
   __device__ void run(int blocks, Values& values) {
     auto scores = cute::partition_fragment_C(ScoreMma{}, Shape<Int<kTileHeads>, Int<kTileKeys>>{});
     static_assert(decltype(cute::size(scores))::value == kScores);
     int block = 0;
     if (warpgroup == 0 && blocks > 0) {
-      start_scores(scores, block);
+      start_scores<0, kParts>(scores, block);
       own_block(block++, scores, values);
     }
-    for (; block + 1 < blocks; block += 2) {
-      start_other_block(block, values);
-      start_scores(scores, block + 1);
-      end_values<1>(block, values);
-      own_block(block + 1, scores, values);
+    if (block + 1 < blocks) {
+      start_scores<0, kEarlyParts>(scores, block + 1);
+      while (true) {
+        start_other_block(block, values);
+        start_scores<kEarlyParts, kParts>(scores, block + 1);
+        end_values<1>(block, values);
+        cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);  // no warp's products read the probabilities any more
+        own_block(block + 1, scores, values);
+        block += 2;
+        if (block + 1 >= blocks) break;
+        start_scores<0, kEarlyParts>(scores, block + 1);
+      }
     }
     if (block < blocks) {
       start_other_block(block, values);
