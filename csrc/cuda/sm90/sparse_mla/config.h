@@ -4,6 +4,7 @@
 //   warpgroups 0, 1   math: warpgroup w scores the key blocks j with j % 2 == w, and sums value dims 256 w … 256 w + 255
 //                     of every block
 //   warpgroup 2       producer: gathers the listed rows, as bf16, into a ring of two key blocks
+// A block goes on from token to token, and the ring with it: key blocks and barrier phases count on.
 // Few tokens split their keys over the blocks of a cluster, which combine their results in each other's shared memory.
 // docs/sparse_mla.md has the schedule and what bounds it.
 #pragma once
@@ -74,7 +75,7 @@ struct RowState {
 template <class T>
 struct Shared {
   using Element = uint16_t;  // bf16
-  // Chunks of 64 rows x 64 dims, swizzled as wgmma wants them. Afterwards the output, bf16 [64][512].
+  // Chunks of 64 rows x 64 dims, swizzled as wgmma wants them. Afterwards the output of a split, bf16 [64][512].
   alignas(1024) Element queries[T::kBlockElements];
   // The same. Afterwards the partial output of a split, f32 [64][512].
   alignas(1024) Element keys[kStages][T::kBlockElements];
@@ -83,7 +84,7 @@ struct Shared {
   float sums[kMathWarpgroups][kTileHeads];  // over the blocks that a warpgroup scored
   RowState states[kTileHeads];              // of this split
   uint32_t valid[kStages][kTileKeys / 32];  // a bit per key
-  uint64_t query_full;
+  uint64_t query_full, query_empty;  // phase i: of the block's i-th token
   uint64_t key_full[kStages][kParts], key_empty[kStages][kParts];
   uint64_t probabilities_full[kMathWarpgroups];  // phase i: those of the warpgroup's block i
 };

@@ -20,6 +20,16 @@ struct Total {
   float max;
 };
 
+/// Of a row whose values are relative to `max`.
+inline __device__ Total normalise(float max, float sum, const SparseMlaParams& p, const Work& work, int row) {
+  constexpr float kLn2 = 0.693147180559945f;
+  if (sum == 0) return {-__builtin_inff(), 0, max};
+  const float lse = (max + log2f(sum)) * kLn2;
+  const bool sinks = p.sink != nullptr && row < work.heads;
+  const float kept = sinks ? 1.0f / (1.0f + expf(p.sink[work.first_head + row] - lse)) : 1.0f;
+  return {lse, kept / sum, max};
+}
+
 template <class T>
 __device__ Total total(Shared<T>& shared, const SparseMlaParams& p, const Work& work, int row) {
   RowState states[kMaxSplits];  // all loads at once
@@ -34,12 +44,7 @@ __device__ Total total(Shared<T>& shared, const SparseMlaParams& p, const Work& 
   for (const RowState& state : states) max = fmaxf(max, state.max);
 #pragma unroll
   for (const RowState& state : states) sum += state.sum * fast_exp2(state.max - finite_base(max));
-  constexpr float kLn2 = 0.693147180559945f;
-  if (sum == 0) return {-__builtin_inff(), 0, max};
-  const float lse = (max + log2f(sum)) * kLn2;
-  const bool sinks = p.sink != nullptr && row < work.heads;
-  const float kept = sinks ? 1.0f / (1.0f + expf(p.sink[work.first_head + row] - lse)) : 1.0f;
-  return {lse, kept / sum, max};
+  return normalise(max, sum, p, work, row);
 }
 
 /// Partial outputs, f32 [64][512] in the place of the keys; 32-byte units are swizzled over 256 bytes.

@@ -49,8 +49,9 @@ struct RowQuarter {
 
 /// Four threads convert a row, 64 bytes at a time, and a warp eight rows, so that its 16-byte stores meet no bank twice.
 /// The warpgroup has half a key block at a time; whatever it has stored makes room for a load of the next half.
-template <class T>
-__device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list, CacheSource) {
+template <class T, class Started>
+__device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list, uint32_t ring, CacheSource,
+                        const Started& started) {
   constexpr int kHalfKeys = kTileKeys / 2;
   static_assert(T::kProducerThreads == RowQuarter::kThreads * kHalfKeys);
   const int thread = threadIdx.x - kMathThreads, part = thread % RowQuarter::kThreads;
@@ -70,14 +71,16 @@ __device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyLi
 #pragma unroll
   for (int i = 0; i < 2; ++i) own.load_rope(from, i, part);
   const int halves = 2 * list.blocks();
+  if (halves == 0) started();
   for (int half = 0; half < halves; ++half) {
-    const int block = half / 2, stage = block % kStages;
+    const int block = half / 2;
+    const uint32_t stage = (ring + block) % kStages, parity = (ring + block) / kStages & 1;
     from = address(next_slot);  // an entry behind the list names no row
     next_slot = list.row((half + 2) * kHalfKeys + row);
     const float4 scales = own.scales;
     own.load_scales(from);
     if (half % 2 == 0) {
-      for (auto& empty : shared.key_empty[stage]) cuda::wait(&empty, (block / kStages & 1) ^ 1);
+      for (auto& empty : shared.key_empty[stage]) cuda::wait(&empty, parity ^ 1);
       if (thread < cuda::kWarpSize) store_valid(shared, stage, list, block * kTileKeys);
     }
     auto* const to = shared.keys[stage] + half % 2 * kHalfKeys * kChunkDims;  // 32 rows keep the swizzle
@@ -102,6 +105,7 @@ __device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyLi
       cuda::fence_async_proxy();
       __syncwarp();
       if (cuda::lane_id() < kParts) cuda::arrive(&shared.key_full[stage][cuda::lane_id()]);
+      if (block == 0) started();
     }
   }
 }

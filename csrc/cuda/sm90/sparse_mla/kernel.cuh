@@ -4,6 +4,7 @@
 #include "csrc/cuda/sm90/sparse_mla/finish.cuh"
 #include "csrc/cuda/sm90/sparse_mla/gather_cache.cuh"
 #include "csrc/cuda/sm90/sparse_mla/gather_dense.cuh"
+#include "csrc/cuda/sm90/sparse_mla/store.cuh"
 
 namespace indexcache::sm90::attention {
 
@@ -14,8 +15,10 @@ struct Call {
   int splits;  // and the size of a cluster
 };
 
-inline __device__ Work work_of_block(const Call& call) {
-  const unsigned item = blockIdx.x / call.splits, token = item / call.head_tiles;
+/// The i-th item, a token and head tile, that the block has; none if the token does not exist. A grid whose keys are split
+/// has one for each cluster.
+inline __device__ Work work_of(const Call& call, unsigned i) {
+  const unsigned item = blockIdx.x / call.splits + i * gridDim.x, token = item / call.head_tiles;
   const int head = static_cast<int>(item - token * call.head_tiles) * kTileHeads;
   return {.token = token,
           .first_head = head,
@@ -36,6 +39,7 @@ inline __device__ KeyList keys_of_split(const SparseMlaParams& p, const Work& wo
 template <class T>
 __device__ void init_barriers(Shared<T>& shared) {
   cuda::init_barrier(&shared.query_full, 1);
+  cuda::init_barrier(&shared.query_empty, kMathWarps);
   for (int i = 0; i < kStages; ++i) {
     for (int part = 0; part < kParts; ++part) {
       cuda::init_barrier(&shared.key_full[i][part], full_arrivals(typename T::Source{}, part));
@@ -61,28 +65,47 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__ Call call) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(memory);
-  const Work work = work_of_block(call);
   if (threadIdx.x == 0) {
     init_barriers(shared);
-    copy_queries(shared, call, work);
+    copy_queries(shared, call, work_of(call, 0));
   }
   __syncthreads();
-  const KeyList keys = keys_of_split(call.p, work);
   // The shuffle tells the compiler that it is the same in all lanes.
   const int warpgroup = __shfl_sync(cuda::kFullMask, cuda::warp_id(), 0) / 4;
+  uint32_t ring = 0;  // key blocks before this item
   if (warpgroup >= kMathWarpgroups) {
     cuda::give_registers<T::Source::kProducerRegisters>();
-    produce(shared, call.p, keys, typename T::Source{});
-    attend_finish(work);
+    for (unsigned i = 0;; ++i) {
+      const Work work = work_of(call, i);
+      if (work.token >= call.p.tokens) break;
+      const KeyList keys = keys_of_split(call.p, work);
+      produce(shared, call.p, keys, ring, typename T::Source{}, [&] {
+        if (i == 0 || threadIdx.x != kMathThreads) return;
+        cuda::wait(&shared.query_empty, (i - 1) & 1);
+        copy_queries(shared, call, work);
+      });
+      ring += keys.blocks();
+      attend_finish(work);
+    }
   } else {
     cuda::take_registers<T::Source::kMathRegisters>();
     constexpr float kLog2E = 1.44269504088896f;
-    Math<T> math{shared, warpgroup, call.p.sm_scale * kLog2E};
     auto values = cute::partition_fragment_C(OwnValueMma{}, Shape<Int<kTileHeads>, Int<kHalfDims>>{});
-    cute::clear(values);
-    cuda::wait(&shared.query_full, 0);
-    math.run(keys.blocks(), values);
-    finish(math, call.p, work, values);
+    for (unsigned i = 0;; ++i) {
+      const Work work = work_of(call, i);
+      if (work.token >= call.p.tokens) break;
+      const uint32_t end = ring + keys_of_split(call.p, work).blocks();
+      Math<T> math{shared, static_cast<uint32_t>(warpgroup), call.p.sm_scale * kLog2E};
+      cute::clear(values);
+      cuda::wait(&shared.query_full, i & 1);
+      math.run(ring, end, values);
+      ring = end;
+      if (work.splits == 1) {
+        store_whole(math, call.p, work, values);
+      } else {
+        finish(math, call.p, work, values);
+      }
+    }
   }
 }
 

@@ -50,7 +50,7 @@ struct Math {
   static constexpr int kEarlyParts = T::Source::kEarlyParts;
 
   Shared<T>& shared;
-  const int warpgroup;
+  const uint32_t warpgroup;
   const float scale;  // of scores, to base 2
   float max[kRows] = {-__builtin_inff(), -__builtin_inff()};
   float sum[kRows] = {};  // of this thread's columns of the blocks that the warpgroup scored
@@ -60,13 +60,13 @@ struct Math {
   }
 
   /// The rows of `block`, from `chunk` on.
-  __device__ Bf16* keys_of(int block, int chunk) {
+  __device__ Bf16* keys_of(uint32_t block, int chunk) {
     return reinterpret_cast<Bf16*>(shared.keys[block % kStages] + chunk * kChunkElements);
   }
 
   /// Starts parts kFirst … kEnd - 1 of the scores of `block` as they arrive, a group.
   template <int kFirst, int kEnd, class Scores>
-  __device__ void start_scores(Scores& scores, int block) {
+  __device__ void start_scores(Scores& scores, uint32_t block) {
     if constexpr (kFirst == kEnd) return;
     cute::for_each(cute::make_range<kFirst, kEnd>{}, [&](auto part) {
       cuda::wait(&shared.key_full[block % kStages][part], block / kStages & 1);
@@ -77,7 +77,7 @@ struct Math {
   }
 
   template <int kPart, class Scores>
-  __device__ void issue_scores(Scores& scores, int block) {
+  __device__ void issue_scores(Scores& scores, uint32_t block) {
     const auto mma = ScoreMma{}.get_slice(threadIdx.x % 128);
     const auto queries = mma.partition_fragment_A(row_tile(reinterpret_cast<Bf16*>(shared.queries)));
     const auto keys = mma.partition_fragment_B(row_tile(keys_of(block, 0)));
@@ -95,7 +95,7 @@ struct Math {
 
   /// Dot products become probabilities, as bf16 pairs; the scale of what was before them.
   template <class Scores>
-  __device__ void softmax(Scores& scores, int block, uint32_t (&pairs)[kScores / 2], float (&correction)[kRows]) {
+  __device__ void softmax(Scores& scores, uint32_t block, uint32_t (&pairs)[kScores / 2], float (&correction)[kRows]) {
     const uint32_t* const valid = shared.valid[block % kStages];
     if ((valid[0] & valid[1]) != ~0u) {
       const uint32_t words[2] = {opaque(valid[0] >> first_column()), opaque(valid[1] >> first_column())};
@@ -153,7 +153,7 @@ struct Math {
   }
 
   /// What the other warpgroup made of `block`.
-  __device__ void follow(int block, float (&correction)[kRows]) {
+  __device__ void follow(uint32_t block, float (&correction)[kRows]) {
     cuda::wait(&shared.probabilities_full[block % kMathWarpgroups], block / kMathWarpgroups & 1);
     cuda::fence_async_proxy();
 #pragma unroll
@@ -170,7 +170,7 @@ struct Math {
 
   /// Starts this warpgroup's half of the values of `block`, a group for each part.
   template <class Mma, class Probabilities, class Values>
-  __device__ void start_values(const Probabilities& probabilities, int block, Values& values) {
+  __device__ void start_values(const Probabilities& probabilities, uint32_t block, Values& values) {
     const auto tile = cute::make_tensor(cute::make_smem_ptr(keys_of(block, warpgroup * kHalfDims / kChunkDims)), ValuesLayout{});
     const auto keys = Mma{}.get_slice(threadIdx.x % 128).partition_fragment_B(tile);
     Mma product;
@@ -189,7 +189,7 @@ struct Math {
 
   /// Frees the parts of `block` as this warpgroup's values are done; kLater groups were started after them.
   template <int kLater, class Values>
-  __device__ void end_values(int block, Values& values) {
+  __device__ void end_values(uint32_t block, Values& values) {
     cute::warpgroup_wait<kLater + 1>();
     warp_arrive(&shared.key_empty[block % kStages][warpgroup]);
     cute::warpgroup_wait<kLater>();
@@ -197,14 +197,15 @@ struct Math {
     cute::warpgroup_fence_operand(values);
   }
 
-  /// A block whose scores this warpgroup has started.
+  /// A block whose scores this warpgroup has started; `end` is that of the token.
   template <class Scores, class Values>
-  __device__ void own_block(int block, Scores& scores, Values& values) {
+  __device__ void own_block(uint32_t block, uint32_t end, Scores& scores, Values& values) {
     auto fragment = cute::make_tensor<Bf16>(
         cute::Layout<Shape<Shape<cute::_2, cute::_2, cute::_2>, cute::_1, Int<kValueSteps>>>{});
     auto& pairs = *reinterpret_cast<uint32_t(*)[kScores / 2]>(fragment.data());
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
+    if (block + kMathWarpgroups >= end) warp_arrive(&shared.query_empty);
     float correction[kRows];
     softmax(scores, block, pairs, correction);
     publish(pairs);
@@ -215,7 +216,7 @@ struct Math {
 
   /// Starts the values of a block that the other warpgroup scored.
   template <class Values>
-  __device__ void start_other_block(int block, Values& values) {
+  __device__ void start_other_block(uint32_t block, Values& values) {
     float correction[kRows];
     follow(block, correction);
     rescale(values, correction);
@@ -223,29 +224,32 @@ struct Math {
     start_values<ValueMma>(ValueMma{}.get_slice(threadIdx.x % 128).partition_fragment_A(tile), block, values);
   }
 
+  /// Key blocks `block` … `end` - 1 of the ring, which are those of a token.
   template <class Values>
-  __device__ void run(int blocks, Values& values) {
+  __device__ void run(uint32_t block, uint32_t end, Values& values) {
     auto scores = cute::partition_fragment_C(ScoreMma{}, Shape<Int<kTileHeads>, Int<kTileKeys>>{});
     static_assert(decltype(cute::size(scores))::value == kScores);
-    int block = 0;
-    if (warpgroup == 0 && blocks > 0) {
+    if (block < end && block % kMathWarpgroups == warpgroup) {
       start_scores<0, kParts>(scores, block);
-      own_block(block++, scores, values);
+      own_block(block, end, scores, values);
+      ++block;
+    } else if (block + 1 >= end) {
+      warp_arrive(&shared.query_empty);  // this warpgroup scores no block
     }
-    if (block + 1 < blocks) {
+    if (block + 1 < end) {
       start_scores<0, kEarlyParts>(scores, block + 1);
       while (true) {
         start_other_block(block, values);
         start_scores<kEarlyParts, kParts>(scores, block + 1);
         end_values<1>(block, values);
         cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);  // no warp's products read the probabilities any more
-        own_block(block + 1, scores, values);
+        own_block(block + 1, end, scores, values);
         block += 2;
-        if (block + 1 >= blocks) break;
+        if (block + 1 >= end) break;
         start_scores<0, kEarlyParts>(scores, block + 1);
       }
     }
-    if (block < blocks) {
+    if (block < end) {
       start_other_block(block, values);
       end_values<0>(block, values);
     }
