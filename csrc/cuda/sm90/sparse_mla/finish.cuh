@@ -1,4 +1,4 @@
-// From a block's sums to the output: normalise, sink, lse; the blocks of a cluster combine their splits.
+// From sums to the output: normalise, sink, lse; the blocks of a cluster combine their splits.
 #pragma once
 
 #include "csrc/cuda/common/cluster.cuh"
@@ -13,43 +13,27 @@ struct Work {
   int split, splits;      // rank in the cluster, and its size
 };
 
-/// What a row's sum of values is to be multiplied by, given its lse: 1 but for the sink.
-__device__ inline float kept(const SparseMlaParams& p, const Work& work, int row, float lse) {
-  if (p.sink == nullptr || row >= work.heads) return 1.0f;
-  return 1.0f / (1.0f + expf(p.sink[work.first_head + row] - lse));
-}
+/// What a row of the output comes to, and what it is to be multiplied by.
+struct Total {
+  float lse;
+  float factor;
+};
 
-__device__ inline float lse_of(float max, float sum) {
+/// Of a row whose values are relative to `max`.
+inline __device__ Total normalise(float max, float sum, const SparseMlaParams& p, const Work& work, int row) {
   constexpr float kLn2 = 0.693147180559945f;
-  return sum == 0 ? -__builtin_inff() : (max + log2f(sum)) * kLn2;
+  if (sum == 0) return {-__builtin_inff(), 0};
+  const float lse = (max + log2f(sum)) * kLn2;
+  const bool sinks = p.sink != nullptr && row < work.heads;
+  const float kept = sinks ? 1.0f / (1.0f + expf(p.sink[work.first_head + row] - lse)) : 1.0f;
+  return {lse, kept / sum};
 }
 
-__device__ inline void store_lse(const SparseMlaParams& p, const Work& work, int row, float lse) {
-  p.lse[work.token * p.heads + work.first_head + row] = lse;
-}
-
-/// The output, or that of a split, as bf16 [64][512], in the place of the queries; 16-byte units are swizzled over 128
-/// bytes, so that eight neighbouring ones of a row or of a column are in different banks.
+/// The output of a split as bf16 [64][512], in the place of the queries; 16-byte units are swizzled over 128 bytes, so
+/// that eight neighbouring ones of a row or of a column are in different banks.
 template <class T>
 __device__ uint16_t* output(Shared<T>& shared, int row, int column) {
   return shared.queries + row * kValueDims + (column ^ row % 8 * 8);
-}
-
-__device__ inline void store_row(const SparseMlaParams& p, const Work& work, int row, int column, uint4 x) {
-  auto* const out = static_cast<uint16_t*>(p.out) + (work.token * p.heads + work.first_head + row) * kValueDims;
-  *reinterpret_cast<uint4*>(out + column) = x;
-}
-
-/// A block that has all keys of its token: through shared memory, so that rows are stored whole.
-template <class T>
-__device__ void store_output(Shared<T>& shared, const SparseMlaParams& p, const Work& work, int warpgroup) {
-  constexpr int kUnits = kHalfDims / 8;
-  static_assert(kUnits == cuda::kWarpSize);
-  cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);
-  const int column = warpgroup * kHalfDims + cuda::lane_id() * 8;
-  for (int row = threadIdx.x % 128 / 32; row < work.heads; row += 4) {
-    store_row(p, work, row, column, *reinterpret_cast<const uint4*>(output(shared, row, column)));
-  }
 }
 
 /// The dims of a value, in units of eight, that a block of a cluster combines.
@@ -126,11 +110,12 @@ __device__ void combine(Shared<T>& shared, const SparseMlaParams& p, const Work&
         x[j] += weight * __uint_as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u);
       }
     }
-    const float lse = lse_of(max, sum), factor = sum == 0 ? 0.0f : kept(p, work, row, lse) / sum;
+    const Total total = normalise(max, sum, p, work, row);
 #pragma unroll
-    for (float& value : x) value *= factor;
-    if (unit == 0) store_lse(p, work, row, lse);
-    store_row(p, work, row, unit * Units::kDims, cuda::bf16_chunk(x));
+    for (float& value : x) value *= total.factor;
+    const int64_t out = work.token * p.heads + work.first_head + row;
+    if (unit == 0) p.lse[out] = total.lse;
+    static_cast<uint4*>(p.out)[out * Units::kAll + unit] = cuda::bf16_chunk(x);
   }
 }
 
@@ -141,9 +126,9 @@ inline __device__ void attend_finish() {
   cuda::cluster_wait();
 }
 
-/// The math warpgroups.
+/// The math warpgroups of a block in a cluster.
 template <class T, class Values>
-__device__ void finish(Math<T>& math, const SparseMlaParams& p, const Work& work, Values& values) {
+__device__ void finish(Math<T>& math, const SparseMlaParams& p, const Work& work, const Values& values) {
   Shared<T>& shared = math.shared;
   const int first = first_row();
 #pragma unroll
@@ -154,26 +139,19 @@ __device__ void finish(Math<T>& math, const SparseMlaParams& p, const Work& work
     if (cuda::lane_id() % 4 == 0) shared.sums[math.warpgroup][first + 8 * r] = sum;
   }
   cuda::sync_threads<kMathThreads>(kBarrierOfMath);  // and no products read queries or keys any more
-  if (work.splits > 1) cuda::cluster_arrive();
+  cuda::cluster_arrive();
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = first + 8 * r;
-    const RowState state{math.max[r], shared.sums[0][row] + shared.sums[1][row]};
-    const float lse = lse_of(state.max, state.sum);
-    const bool single = work.splits == 1;
-    if (math.warpgroup == 0 && cuda::lane_id() % 4 == 0 && row < work.heads) {
-      if (single) store_lse(p, work, row, lse);
-      shared.state[row] = state;
+    if (math.warpgroup == 0 && cuda::lane_id() % 4 == 0) {
+      shared.state[row] = {math.max[r], shared.sums[0][row] + shared.sums[1][row]};
     }
-    const float factor = !single ? 1.0f : state.sum == 0 ? 0.0f : kept(p, work, row, lse) / state.sum;
 #pragma unroll
     for (int j = 0; j < kHalfDims / 8; ++j) {
       const int i = 4 * j + 2 * r, column = math.warpgroup * kHalfDims + 8 * j + first_column();
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(values(i) * factor, values(i + 1) * factor);
-      *reinterpret_cast<__nv_bfloat162*>(output(shared, row, column)) = pair;
+      *reinterpret_cast<__nv_bfloat162*>(output(shared, row, column)) = __floats2bfloat162_rn(values(i), values(i + 1));
     }
   }
-  if (work.splits == 1) return store_output(shared, p, work, math.warpgroup);
   cuda::sync_threads<kMathThreads>(kBarrierOfMath);
   cuda::cluster_wait();
   send_splits(shared, work);

@@ -24,14 +24,18 @@ struct KeyList {
   __device__ int blocks() const { return (count + kTileKeys - 1) / kTileKeys; }
 };
 
-/// One warp, before it arrives at key_full.
+/// One warp, before it arrives at key_full: which of a block's keys name a row; a lane has keys lane and lane + 32.
 template <class T>
-__device__ void store_valid(Shared<T>& shared, int stage, const KeyList& list, int first) {
+__device__ void store_valid(Shared<T>& shared, int stage, const KeyList& list, const int (&entries)[kTileKeys / 32]) {
 #pragma unroll
   for (int i = 0; i < kTileKeys / 32; ++i) {
-    const uint32_t bits = __ballot_sync(cuda::kFullMask, list.row(first + 32 * i + cuda::lane_id()) >= 0);
+    const uint32_t bits = __ballot_sync(cuda::kFullMask, list.names_row(entries[i]));
     if (cuda::lane_id() == 0) shared.valid[stage][i] = bits;
   }
 }
+
+/// Brings the key blocks of one token after the other.
+template <class T, class Source>
+struct Producer;
 
 }  // namespace indexcache::sm90::attention

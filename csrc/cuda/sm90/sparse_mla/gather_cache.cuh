@@ -1,14 +1,22 @@
-// The producer for rows of the 656-byte cache: dequantises them in registers.
+// The producers for rows of the 656-byte cache: dequantise them in registers.
+//
+// Two warpgroups, each with the value dims of one of the math warpgroups: two parts of a key block, in turn. A warp holds
+// the bytes of one part and loads the next as it stores them. More would not help: ptxas tells the loads of a warp apart
+// within a basic block only, so all that are in flight over a wait for a barrier arrive for the warp as one.
 #pragma once
 
+#include "csrc/cuda/common/async_copy.cuh"
 #include "csrc/cuda/common/latent_row.cuh"
 #include "csrc/cuda/common/mbarrier.cuh"
 #include "csrc/cuda/sm90/sparse_mla/gather.cuh"
 
 namespace indexcache::sm90::attention {
 
-/// Arrivals that fill a key block: of warps.
-constexpr int full_arrivals(CacheSource) { return 4; }
+/// Arrivals that fill a part of a key block: of four warps, and with the last a copy group per thread, of rope dims.
+constexpr int full_arrivals(CacheSource, int part) { return part == kParts - 1 ? 4 + 128 : 4; }
+
+/// The row of a key that names none.
+static __device__ const uint4 kZeroRow[kLatentBytes / sizeof(uint4)] = {};
 
 /// Eight e4m3 times a scale, rounded once, as gather_latent_kv does.
 __device__ inline uint4 dequantise(uint32_t low, uint32_t high, float scale) {
@@ -20,135 +28,132 @@ __device__ inline uint4 dequantise(uint32_t low, uint32_t high, float scale) {
   return {pair(a.x, a.y), pair(a.z, a.w), pair(b.x, b.y), pair(b.z, b.w)};
 }
 
-#ifndef MLA_LOAD
-#define MLA_LOAD "ld.global.nc.L1::no_allocate"
-#endif
-#ifndef MLA_PREFETCH
-#define MLA_PREFETCH 1
-#endif
-/// The row of a key that names none.
-static __device__ const uint4 kZeroRow[kLatentBytes / sizeof(uint4)] = {};
-
-/// What a lane holds of a cache row: 16 bytes of each 128 values and of the rope dims, and the scales.
-struct RowPart {
-  uint4 values[cuda::kLatentGroups], rope;
-  float4 scales;
-};
-
-/// How a warp converts four rows: eight lanes a row, so that a load has 128 bytes of each. The lanes of a row are
-/// spread so that eight consecutive ones store into different banks.
-struct RowLane {
-  static constexpr int kRows = 4;  // of a warp at a time
-  int row, half, quarter;          // of the set; of 128 values; of 64
-
-  __device__ RowLane()
-      : row(cuda::lane_id() / 4 % 2 + cuda::lane_id() / 16 * 2),
-        half(cuda::lane_id() / 8 % 2),
-        quarter(cuda::lane_id() % 4) {}
-
-  /// The 64-byte half of the rope dims: another in the neighbouring row.
-  __device__ int rope_half() const { return half ^ row % 2; }
-
-  __device__ static uint4 load(const uint8_t* from) {
-    uint4 x;
-    asm volatile(MLA_LOAD ".v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from)
-                 : "memory");
-    return x;
-  }
-  __device__ void load(RowPart& part, const uint8_t* row_start) const {
-    const uint8_t* const values = row_start + half * 64 + quarter * 16;
-    part.scales = __builtin_bit_cast(float4, load(row_start + cuda::kLatentScaleOffset));
-#pragma unroll
-    for (int i = 0; i < cuda::kLatentGroups; ++i) part.values[i] = load(values + i * kLatentScaleGroup);
-    part.rope = load(row_start + cuda::kLatentRopeOffset + rope_half() * 64 + quarter * 16);
-  }
-
-  /// Into row `key` of a key block.
-  __device__ void store(const RowPart& part, uint16_t* block, int key) const {
-    const auto put = [&](int chunk, int unit, uint4 x) {
-      *reinterpret_cast<uint4*>(block + unit_offset(chunk, key, unit)) = x;
-    };
-    const float scales[] = {part.scales.x, part.scales.y, part.scales.z, part.scales.w};
-#pragma unroll
-    for (int i = 0; i < cuda::kLatentGroups; ++i) {
-      const uint4 x = part.values[i];
-      put(2 * i + half, 2 * quarter, dequantise(x.x, x.y, scales[i]));
-      put(2 * i + half, 2 * quarter + 1, dequantise(x.z, x.w, scales[i]));
-    }
-    put(kValueDims / kChunkDims, 4 * rope_half() + quarter, part.rope);
-  }
-};
-
-/// Each warp has 16 neighbouring keys of a block, and holds the bytes of eight: a turn stores them, and loads take their
-/// place. The loads of a turn wait together in the next (ptxas tells loads apart within a basic block only), so that
-/// more of them in flight would not be better; a prefetch into L2, a block ahead, shortens the wait.
+/// Each warp has 16 neighbouring keys, and eight lanes a row, so that a load has the 128 bytes of a part in each of four
+/// rows. The lanes of a row are spread so that eight consecutive ones store into different banks.
 template <class T>
-__device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list, CacheSource) {
-  constexpr int kWarpKeys = kTileKeys / (T::kProducerThreads / cuda::kWarpSize), kHeld = 2;
-  constexpr int kTurnKeys = kHeld * RowLane::kRows, kTurns = kWarpKeys / kTurnKeys;
-  static_assert(kWarpKeys == 16 && kTurns == 2);
-  const int first_key = (cuda::warp_id() - kMathWarps) * kWarpKeys;
-  const RowLane lane;
-  const auto page_size = static_cast<uint32_t>(p.cache.page_size);
-  /// Of the lane's own key, one of 16.
-  const auto entry = [&](int block) { return list.entry(block * kTileKeys + first_key + cuda::lane_id() % kWarpKeys); };
-  const auto address = [&](int slot) -> const uint8_t* {
-    const auto s = static_cast<uint32_t>(slot);
-    if (!list.names_row(slot)) return reinterpret_cast<const uint8_t*>(kZeroRow);
-    return p.cache.data + s / page_size * p.cache.page_stride + s % page_size * kLatentBytes;
-  };
-  const auto prefetch = [&](const uint8_t* own) {
-#if MLA_PREFETCH == 1
-    constexpr int kLine = 128;
-    own += cuda::lane_id() / kWarpKeys * 3 * kLine;
+struct Producer<T, CacheSource> {
+  static constexpr int kWarpKeys = kTileKeys / 4, kPassRows = 4, kPasses = kWarpKeys / kPassRows;
+  static constexpr int kTurns = kParts / kMathWarpgroups;  // of a key block
+  static_assert(T::Source::kProducerWarpgroups == kMathWarpgroups && kPartDims == kLatentScaleGroup);
+
+  Shared<T>& shared;
+  const SparseMlaParams& p;
+  const KeyList& list;
+  const int warpgroup;    // that reads what this one brings
+  const uint8_t* start;   // of the row of the lane's own key, one of 16
+  uint32_t valid;         // a bit per key of the warp
+  uint4 values[kPasses];  // of other keys
+  float scale;            // of the own key
+
+  __device__ Producer(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list) 
+      : shared(shared), p(p), list(list), warpgroup(__shfl_sync(cuda::kFullMask, cuda::warp_id(), 0) / 4 - kMathWarpgroups) {
+    find(entry(0));
+    load(0);
+  }
+
+  // Of a lane, computed wherever they are needed: there are no registers to keep them.
+  __device__ static uint32_t thread() { return opaque(threadIdx.x); }
+  __device__ static int first_key() { return thread() / 32 % 4 * kWarpKeys; }
+  __device__ static int row() { return thread() / 4 % 2 + thread() / 16 % 2 * 2; }      // of a pass
+  __device__ static int unit() { return thread() / 8 % 2 * 4 + thread() % 4; }          // 16 bytes of 128
+  __device__ static int rope_unit() { return unit() ^ row() % 2 * 4; }  // neighbouring rows store different units
+
+  __device__ int entry(int block) const { return list.entry(block * kTileKeys + first_key() + cuda::lane_id() % kWarpKeys); }
+
+  __device__ void find(int entry) {
+    const auto page_size = static_cast<uint32_t>(p.cache.page_size), slot = static_cast<uint32_t>(entry);
+    const bool exists = list.names_row(entry);
+    valid = __ballot_sync(cuda::kFullMask, exists);
+    start = exists ? p.cache.data + slot / page_size * p.cache.page_stride + slot % page_size * kLatentBytes
+                   : reinterpret_cast<const uint8_t*>(kZeroRow);
+  }
+
+  /// The start of the pass's row that this lane copies.
+  __device__ const uint8_t* row_start(int pass) const {
+    const auto bits = __shfl_sync(cuda::kFullMask, reinterpret_cast<uint64_t>(start), pass * kPassRows + row());
+    return reinterpret_cast<const uint8_t*>(bits);
+  }
+
+  __device__ int scale_group(int turn) const { return warpgroup * kTurns + turn; }
+
+  __device__ void load(int turn) {
+    const int group = scale_group(turn);
 #pragma unroll
-    for (int i = 0; i < 3; ++i) asm volatile("prefetch.global.L2 [%0];" ::"l"(own + i * kLine));
-#elif MLA_PREFETCH == 2
-    if (cuda::lane_id() < kWarpKeys) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(own), "n"(kLatentBytes));
-#endif
-  };
-  RowPart parts[kHeld];
-  const auto load = [&](int set, const uint8_t* own, int turn) {
-    const int from = turn * kTurnKeys + set * RowLane::kRows + lane.row;
-    const auto bits = __shfl_sync(cuda::kFullMask, reinterpret_cast<uint64_t>(own), from);
-    lane.load(parts[set], reinterpret_cast<const uint8_t*>(bits));
-  };
-  int own_slot = entry(0), next_slot = entry(1);
-  const uint8_t* own = address(own_slot);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      values[pass] = __ldg(reinterpret_cast<const uint4*>(row_start(pass) + group * kPartDims + unit() * 16));
+    }
+    scale = __ldg(reinterpret_cast<const float*>(start + cuda::kLatentScaleOffset) + group);
+  }
+
+  /// Brings the cache lines of 128 bytes of the warp's rows into L2.
+  __device__ void prefetch(int offset) const {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(start + offset + cuda::lane_id() / kWarpKeys * 112));
+  }
+
+  // Shared addresses. A pass is four rows further down, and the swizzle of its 16-byte units differs in one bit.
+
+  /// Of the unit that the lane has in the first row of its keys.
+  __device__ uint32_t address(const uint16_t* chunk, int own_unit) const {
+    return opaque(cuda::shared_address(chunk) + unit_offset(0, first_key() + row(), own_unit) * 2);
+  }
+  __device__ static uint32_t address_in_pass(uint32_t address, int pass) {
+    return (address ^ pass % 2 * (kPassRows * 16)) + pass * (kPassRows * kChunkDims * 2);
+  }
+
+  __device__ void store(const uint16_t* chunks) const {
+    const uint32_t to = address(chunks + unit() / 4 * kChunkElements, unit() % 4 * 2);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) load(i, own, 0);
-  prefetch(own);
-  const int turns = kTurns * list.blocks();
-  for (int turn = 0; turn < turns; ++turn) {
-    const int block = turn / kTurns, stage = block % kStages, part = turn % kTurns;
-    if (part == 0) {
-      const uint32_t valid = __ballot_sync(cuda::kFullMask, list.names_row(own_slot));
-      own_slot = next_slot;
-      next_slot = entry(block + 2);
-      cuda::wait(&shared.key_empty[stage], (block / kStages & 1) ^ 1);
-      if (cuda::lane_id() == 0) {
-        reinterpret_cast<uint16_t*>(shared.valid[stage])[first_key / kWarpKeys] = static_cast<uint16_t>(valid);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const float own = __shfl_sync(cuda::kFullMask, scale, pass * kPassRows + row());
+      const uint4 x = values[pass];
+      store_shared(address_in_pass(to, pass), dequantise(x.x, x.y, own));
+      store_shared(address_in_pass(to ^ 16, pass), dequantise(x.z, x.w, own));
+    }
+  }
+  __device__ static void store_shared(uint32_t to, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+  }
+
+  __device__ void copy_rope(const uint16_t* chunk) const {
+    const uint32_t to = address(chunk, rope_unit());
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      cuda::copy_first_bytes(address_in_pass(to, pass), row_start(pass) + cuda::kLatentRopeOffset + rope_unit() * 16, 16);
+    }
+  }
+
+  /// The blocks of the list; there is none after it.
+  __device__ void run() {
+    const int turns = list.blocks() * kTurns;
+    int next = -1;
+#pragma unroll 1
+    for (int i = 0; i < turns; ++i) {
+      const int block = i / kTurns, turn = i % kTurns, stage = block % kStages, part = turn * kMathWarpgroups + warpgroup;
+      if (turn == 0) next = entry(block + 1);
+      cuda::wait(&shared.key_empty[stage][part], (block / kStages & 1) ^ 1);
+      if (part == 0 && cuda::lane_id() == 0) {
+        reinterpret_cast<uint16_t*>(shared.valid[stage])[first_key() / kWarpKeys] = static_cast<uint16_t>(valid);
       }
-    } else {
-      own = address(own_slot);  // of the next block
-    }
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      lane.store(parts[i], shared.keys[stage], first_key + part * kTurnKeys + i * RowLane::kRows + lane.row);
-      load(i, own, 1 - part);
-    }
-    if (part == 0) {
-      prefetch(address(own_slot));
-    } else {
+      if (part == kParts - 1) {
+        copy_rope(shared.keys[stage] + (T::kChunks - 1) * kChunkElements);
+        cuda::arrive_after_copies(&shared.key_full[stage][part]);
+      }
+      store(shared.keys[stage] + scale_group(turn) * (kPartDims / kChunkDims) * kChunkElements);
 #ifdef MLA_FENCE
       cuda::fence_async_proxy();
 #endif
       __syncwarp();  // the readers have the fence between these writes and the tensor cores
-      if (cuda::lane_id() == 0) cuda::arrive(&shared.key_full[stage]);
+      if (cuda::lane_id() == 0) cuda::arrive(&shared.key_full[stage][part]);
+      if (turn + 1 == kTurns) find(next);
+      load((turn + 1) % kTurns);
+#ifndef MLA_NO_PREFETCH
+      if (turn + 1 == kTurns) {  // for the loads and copies of the next turn
+        prefetch(scale_group(1) * kPartDims);
+        if (warpgroup == 1) prefetch(cuda::kLatentRopeOffset);
+      }
+#endif
     }
   }
-}
+};
 
 }  // namespace indexcache::sm90::attention

@@ -28,15 +28,22 @@ inline constexpr auto kRowMajor = cute::GMMA::Major::K;
 inline constexpr auto kColumnMajor = cute::GMMA::Major::MN;
 using ScoreMma = decltype(cute::make_tiled_mma(cute::SM90_64x64x16_F32BF16BF16_SS<kRowMajor, kRowMajor>{}));
 /// Probabilities from registers (of the warpgroup that scored) or from shared memory (of the other).
-using OwnValueMma = decltype(cute::make_tiled_mma(cute::SM90_64x256x16_F32BF16BF16_RS<kRowMajor, kColumnMajor>{}));
-using ValueMma = decltype(cute::make_tiled_mma(cute::SM90_64x256x16_F32BF16BF16_SS<kRowMajor, kColumnMajor>{}));
+using OwnValueMma = decltype(cute::make_tiled_mma(cute::SM90_64x128x16_F32BF16BF16_RS<kRowMajor, kColumnMajor>{}));
+using ValueMma = decltype(cute::make_tiled_mma(cute::SM90_64x128x16_F32BF16BF16_SS<kRowMajor, kColumnMajor>{}));
 
 inline constexpr int kStepDims = 16;  // K of wgmma
+inline constexpr int kChunkSteps = kChunkDims / kStepDims;
 inline constexpr int kValueSteps = kTileKeys / kStepDims;
 
 /// 16-byte units of the row-swizzled chunks: element offset of dims 8 * unit … of `row`, unit < 8.
 __host__ __device__ constexpr int unit_offset(int chunk, int row, int unit) {
   return chunk * kChunkElements + row * kChunkDims + (unit ^ row % 8) * 8;
+}
+
+/// The compiler cannot compute ahead with it, and so does not keep a register for each of many derived values.
+__device__ inline uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 }  // namespace indexcache::sm90::attention

@@ -21,6 +21,17 @@ __device__ inline int first_column() { return 2 * (cuda::lane_id() % 4); }
 /// Named barriers of the math warpgroups.
 inline constexpr int kBarrierOfMath = 1, kBarrierOfWarpgroup = 2;
 
+/// Stores 16 rows of an accumulator, as bf16, into a chunk: of units `unit` and the next, first_row()'s pair and the one
+/// eight rows down. `to`: of matrix_address().
+__device__ inline uintptr_t matrix_address(const uint16_t* chunk) {
+  const int lane = cuda::lane_id(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // a lane names a row of a matrix
+  return reinterpret_cast<uintptr_t>(chunk + unit_offset(0, row, lane / 16));
+}
+__device__ inline void store_matrices(uintptr_t to, int unit, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  // The swizzle is an exclusive or, and rows are aligned to their 128 bytes.
+  cute::SM90_U32x4_STSM_N::copy(a, b, c, d, *reinterpret_cast<cute::uint128_t*>(to ^ unit * 16));
+}
+
 /// exp2 to about 2 ulp; 0 for -inf.
 __device__ inline float fast_exp2(float x) {
   float y;
@@ -41,84 +52,115 @@ template <class T>
 struct Math {
   static constexpr int kScores = kTileKeys / 2;   // of a thread
   static constexpr int kValues = kHalfDims / 2;
+  static constexpr int kEarlyParts = T::Source::kEarlyParts;
 
   Shared<T>& shared;
-  const int warpgroup;
+  const uint32_t warpgroup;
   const float scale;  // of scores, to base 2
   float max[kRows] = {-__builtin_inff(), -__builtin_inff()};
   float sum[kRows] = {};  // of this thread's columns of the blocks that the warpgroup scored
 
-  __device__ static auto row_tile(uint16_t* data) {
-    return cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(data)), RowsLayout<T::kDims>{});
+  __device__ static auto row_tile(Bf16* data) {
+    return cute::make_tensor(cute::make_smem_ptr(data), RowsLayout<T::kDims>{});
   }
 
-  /// Starts the scores of `block`, a group of its own.
-  template <class Scores>
-  __device__ void start_scores(Scores& scores, int block) {
-    cuda::wait(&shared.key_full[block % kStages], block / kStages & 1);
-    cuda::fence_async_proxy();  // the copies were ordinary writes
-    issue_scores(scores, block);
+  /// The rows of `block`, from `chunk` on.
+  __device__ Bf16* keys_of(uint32_t block, int chunk) {
+    return reinterpret_cast<Bf16*>(shared.keys[block % kStages] + chunk * kChunkElements);
   }
 
-  template <class Scores>
-  __device__ void issue_scores(Scores& scores, int block) {
-    const int stage = block % kStages;
-    const auto mma = ScoreMma{}.get_slice(threadIdx.x % 128);
-    const auto queries = mma.partition_fragment_A(row_tile(shared.queries));
-    const auto keys = mma.partition_fragment_B(row_tile(shared.keys[stage]));
-    ScoreMma product;
-    product.accumulate_ = cute::GMMA::ScaleOut::Zero;
-    cute::warpgroup_fence_operand(scores);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int step = 0; step < T::kDims / kStepDims; ++step) {
-      cute::gemm(product, queries(cute::_, cute::_, step), keys(cute::_, cute::_, step), scores);
-      product.accumulate_ = cute::GMMA::ScaleOut::One;
-    }
+  /// Starts parts kFirst … kEnd - 1 of the scores of `block` as they arrive, a group.
+  template <int kFirst, int kEnd, class Scores>
+  __device__ void start_scores(Scores& scores, uint32_t block) {
+    if constexpr (kFirst == kEnd) return;
+    cute::for_each(cute::make_range<kFirst, kEnd>{}, [&](auto part) {
+      cuda::wait(&shared.key_full[block % kStages][part], block / kStages & 1);
+      cuda::fence_async_proxy();  // the copies were ordinary writes
+      issue_scores<part>(scores, block);
+    });
     cute::warpgroup_commit_batch();
   }
 
-  /// Dot products become probabilities relative to the new maximum, as bf16 pairs; the scale of what was before them.
-  template <class Scores>
-  __device__ void softmax(Scores& scores, int block, uint32_t (&pairs)[kScores / 2], float (&correction)[kRows]) {
-    const uint32_t* const valid = shared.valid[block % kStages];
-    const uint32_t words[2] = {valid[0] >> first_column(), valid[1] >> first_column()};
-    float top[kRows] = {max[0], max[1]};
+  template <int kPart, class Scores>
+  __device__ void issue_scores(Scores& scores, uint32_t block) {
+    const auto mma = ScoreMma{}.get_slice(threadIdx.x % 128);
+    const auto queries = mma.partition_fragment_A(row_tile(reinterpret_cast<Bf16*>(shared.queries)));
+    const auto keys = mma.partition_fragment_B(row_tile(keys_of(block, 0)));
+    constexpr int kFirst = first_chunk(kPart) * kChunkSteps, kEnd = end_chunk(kPart, T::kChunks) * kChunkSteps;
+    ScoreMma product;
+    product.accumulate_ = kPart == 0 ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
+    cute::warpgroup_fence_operand(scores);
+    cute::warpgroup_arrive();
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int column = i / 4 * 8 + i % 2;
-      const bool listed = words[column / 32] >> column % 32 & 1;
-      scores(i) = listed ? scores(i) * scale : -__builtin_inff();
-      top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores(i));
+    for (int step = kFirst; step < kEnd; ++step) {
+      cute::gemm(product, queries(cute::_, cute::_, step), keys(cute::_, cute::_, step), scores);
+      product.accumulate_ = cute::GMMA::ScaleOut::One;
+    }
+  }
+
+  /// Dot products become probabilities, as bf16 pairs. Maxima rise ever more rarely, so it is found out whether one does
+  /// while the exponentials are on their way.
+  template <class Scores, class Values>
+  __device__ void softmax(Scores& scores, uint32_t block, uint32_t (&pairs)[kScores / 2], Values& values) {
+    const uint32_t* const valid = shared.valid[block % kStages];
+    if ((valid[0] & valid[1]) != ~0u) {
+      const uint32_t words[2] = {opaque(valid[0] >> first_column()), opaque(valid[1] >> first_column())};
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        const int column = i / 4 * 8 + i % 2;
+        if (!(words[column / 32] >> column % 32 & 1)) scores(i) = -__builtin_inff();
+      }
+    }
+    float added[kRows], top[kRows] = {-__builtin_inff(), -__builtin_inff()};
+    exponentials(scores, pairs, added);
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores(i));
+    if (__any_sync(cuda::kFullMask, top[0] * scale > max[0] + kSlack || top[1] * scale > max[1] + kSlack)) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 1));
+        top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 2)) * scale;
+        top[r] = top[r] > max[r] + kSlack ? top[r] : max[r];
+      }
+      rise_to(top, values);
+      exponentials(scores, pairs, added);
     }
 #pragma unroll
+    for (int r = 0; r < kRows; ++r) sum[r] += added[r];
+  }
+
+  template <class Scores>
+  __device__ void exponentials(const Scores& scores, uint32_t (&pairs)[kScores / 2], float (&added)[kRows]) {
+    const float base[kRows] = {finite_base(max[0]), finite_base(max[1])};
+#pragma unroll
+    for (int i = 0; i < kScores; i += 2) {
+      const int r = i / 2 % 2;
+      const float low = fast_exp2(fmaf(scores(i), scale, -base[r])), high = fast_exp2(fmaf(scores(i + 1), scale, -base[r]));
+      added[r] = i < 2 * kRows ? low + high : added[r] + (low + high);
+      pairs[i / 2] = __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(__floats2bfloat162_rn(low, high)));
+    }
+  }
+
+  /// New maxima; what was before them shrinks.
+  template <class Values>
+  __device__ void rise_to(const float (&top)[kRows], Values& values) {
+    float correction[kRows];
+#pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 1));
-      top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 2));
       correction[r] = fast_exp2(max[r] - finite_base(top[r]));
       max[r] = top[r];
       sum[r] *= correction[r];
     }
 #pragma unroll
-    for (int i = 0; i < kScores; i += 2) {
-      const int r = i / 2 % 2;
-      const float base = finite_base(max[r]);
-      const float low = fast_exp2(scores(i) - base), high = fast_exp2(scores(i + 1) - base);
-      sum[r] += low + high;
-      pairs[i / 2] = __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(__floats2bfloat162_rn(low, high)));
-    }
+    for (int i = 0; i < kValues; ++i) values(i) *= correction[i / 2 % 2];
   }
 
   /// Gives the other warpgroup what it needs of a block.
   __device__ void publish(const uint32_t (&pairs)[kScores / 2]) {
-    const int row = first_row();
-    cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);  // no warp's products read the block before any more
+    const auto to = matrix_address(shared.probabilities);
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) {
-      const int unit = i / 2;  // eight columns
-      auto* const to = shared.probabilities + unit_offset(0, row + i % 2 * 8, unit) + first_column();
-      *reinterpret_cast<uint32_t*>(to) = pairs[i];
-    }
+    for (int i = 0; i < kScores / 2; i += 4) store_matrices(to, i / 2, pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
+    const int row = first_row();
     if (cuda::lane_id() % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) shared.max[row + 8 * r] = max[r];
@@ -128,94 +170,95 @@ struct Math {
   }
 
   /// What the other warpgroup made of `block`.
-  __device__ void follow(int block, float (&correction)[kRows]) {
+  template <class Values>
+  __device__ void follow(uint32_t block, Values& values) {
     cuda::wait(&shared.probabilities_full[block % kMathWarpgroups], block / kMathWarpgroups & 1);
     cuda::fence_async_proxy();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float top = shared.max[first_row() + 8 * r];
-      correction[r] = fast_exp2(max[r] - finite_base(top));
-      max[r] = top;
-      sum[r] *= correction[r];
-    }
+    const float top[kRows] = {shared.max[first_row()], shared.max[first_row() + 8]};
+    if (__any_sync(cuda::kFullMask, top[0] != max[0] || top[1] != max[1])) rise_to(top, values);
   }
 
-  /// The maximum rises ever more rarely, and 1 changes no bits.
-  template <class Values>
-  __device__ static void rescale(Values& values, const float (&correction)[kRows]) {
-    if (__all_sync(cuda::kFullMask, correction[0] == 1.0f && correction[1] == 1.0f)) return;
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) values(i) *= correction[i / 2 % 2];
-  }
-
-  /// Starts this warpgroup's half of the values of `block`, a group of its own.
+  /// Starts this warpgroup's half of the values of `block`, a group for each part.
   template <class Mma, class Probabilities, class Values>
-  __device__ void start_values(const Probabilities& probabilities, int block, Values& values) {
-    auto* const half = shared.keys[block % kStages] + warpgroup * (kHalfDims / kChunkDims) * kChunkElements;
-    const auto tile = cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(half)), ValuesLayout{});
+  __device__ void start_values(const Probabilities& probabilities, uint32_t block, Values& values) {
+    const auto tile = cute::make_tensor(cute::make_smem_ptr(keys_of(block, warpgroup * kHalfDims / kChunkDims)), ValuesLayout{});
     const auto keys = Mma{}.get_slice(threadIdx.x % 128).partition_fragment_B(tile);
     Mma product;
     product.accumulate_ = cute::GMMA::ScaleOut::One;
     cute::warpgroup_fence_operand(values);
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int step = 0; step < kValueSteps; ++step) {
-      cute::gemm(product, probabilities(cute::_, cute::_, step), keys(cute::_, cute::_, step), values);
+    for (int part = 0; part < kHalfDims / kPartDims; ++part) {
+#pragma unroll
+      for (int step = 0; step < kValueSteps; ++step) {
+        cute::gemm(product, probabilities(cute::_, 0, step), keys(cute::_, part, step), values(cute::_, 0, part));
+      }
+      cute::warpgroup_commit_batch();
     }
-    cute::warpgroup_commit_batch();
   }
 
-  /// A block whose scores this warpgroup has started.
+  /// Frees the parts of `block` as this warpgroup's values are done, if `free`; kLater groups were started after them.
+  template <int kLater, class Values>
+  __device__ void end_values(uint32_t block, Values& values, bool free) {
+    cute::warpgroup_wait<kLater + 1>();
+    if (free) warp_arrive(&shared.key_empty[block % kStages][warpgroup]);
+    cute::warpgroup_wait<kLater>();
+    if (free) warp_arrive(&shared.key_empty[block % kStages][kMathWarpgroups + warpgroup]);
+    cute::warpgroup_fence_operand(values);
+  }
+
+  /// A block whose scores this warpgroup has started; `end` is that of the token.
   template <class Scores, class Values>
-  __device__ void own_block(int block, Scores& scores, Values& values) {
+  __device__ void own_block(uint32_t block, uint32_t end, Scores& scores, Values& values) {
     auto fragment = cute::make_tensor<Bf16>(
         cute::Layout<Shape<Shape<cute::_2, cute::_2, cute::_2>, cute::_1, Int<kValueSteps>>>{});
     auto& pairs = *reinterpret_cast<uint32_t(*)[kScores / 2]>(fragment.data());
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
-    float correction[kRows];
-    softmax(scores, block, pairs, correction);
+    if (block + kMathWarpgroups >= end) warp_arrive(&shared.query_empty);
+    softmax(scores, block, pairs, values);
     publish(pairs);
-    rescale(values, correction);
     start_values<OwnValueMma>(fragment, block, values);
-    end_values<0>(block, values);
+    end_values<0>(block, values, block + 1 < end);
   }
 
   /// Starts the values of a block that the other warpgroup scored.
   template <class Values>
-  __device__ void start_other_block(int block, Values& values) {
-    float correction[kRows];
-    follow(block, correction);
-    rescale(values, correction);
+  __device__ void start_other_block(uint32_t block, Values& values) {
+    follow(block, values);
     const auto tile = cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(shared.probabilities)), RowsLayout<64>{});
     start_values<ValueMma>(ValueMma{}.get_slice(threadIdx.x % 128).partition_fragment_A(tile), block, values);
   }
 
-  template <int kPending, class Values>
-  __device__ void end_values(int block, Values& values) {
-    cute::warpgroup_wait<kPending>();
-    cute::warpgroup_fence_operand(values);
-    warp_arrive(&shared.key_empty[block % kStages]);
-  }
-
+  /// Key blocks `block` … `end` - 1 of the ring, which are those of a token. Keeps this warpgroup's dims of the last one,
+  /// for the output.
   template <class Values>
-  __device__ void run(int blocks, Values& values) {
+  __device__ void run(uint32_t block, uint32_t end, Values& values) {
     auto scores = cute::partition_fragment_C(ScoreMma{}, Shape<Int<kTileHeads>, Int<kTileKeys>>{});
     static_assert(decltype(cute::size(scores))::value == kScores);
-    int block = 0;
-    if (warpgroup == 0 && blocks > 0) {
-      start_scores(scores, block);
-      own_block(block++, scores, values);
+    if (block < end && block % kMathWarpgroups == warpgroup) {
+      start_scores<0, kParts>(scores, block);
+      own_block(block, end, scores, values);
+      ++block;
+    } else if (block + 1 >= end) {
+      warp_arrive(&shared.query_empty);  // this warpgroup scores no block
     }
-    for (; block + 1 < blocks; block += 2) {
-      start_other_block(block, values);
-      start_scores(scores, block + 1);
-      end_values<1>(block, values);
-      own_block(block + 1, scores, values);
+    if (block + 1 < end) {
+      start_scores<0, kEarlyParts>(scores, block + 1);
+      while (true) {
+        start_other_block(block, values);
+        start_scores<kEarlyParts, kParts>(scores, block + 1);
+        end_values<1>(block, values, true);
+        cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);  // no warp's products read the probabilities any more
+        own_block(block + 1, end, scores, values);
+        block += 2;
+        if (block + 1 >= end) break;
+        start_scores<0, kEarlyParts>(scores, block + 1);
+      }
     }
-    if (block < blocks) {
+    if (block < end) {
       start_other_block(block, values);
-      end_values<0>(block, values);
+      end_values<0>(block, values, false);
     }
   }
 };
