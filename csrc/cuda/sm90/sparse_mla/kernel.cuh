@@ -11,7 +11,6 @@ namespace indexcache::sm90::attention {
 struct Call {
   SparseMlaParams p;
   CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, 64 heads and 64 dims
-  CUtensorMap outputs;  // bf16 [tokens, heads, d_v], likewise
   int head_tiles;
   int splits;  // and the size of a cluster
 };
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
       cuda::wait(&shared.query_full, i & 1);
       math.run(begin, ring, values);
       if (work.splits == 1) {
-        store_whole(math, call.p, &call.outputs, work, begin == ring, ring, values);
+        store_whole(math, call.p, work, begin == ring, ring, values);
       } else {
         finish(math, call.p, work, values);
       }
