@@ -19,9 +19,9 @@ PREFILL = tuple(
     for heads in (128, 64)
     for keys in (8192, 131_072)
 )
-PAGED = tuple(
+PAGED = tuple(  # decode, and a prefill from the cache
     AttentionCase(tokens=tokens, heads=heads, keys=131_072, k=2048, indices="random", page_size=64, large=True)
-    for heads, batches in ((128, (1, 8, 32, 256)), (64, (1, 8, 32, 128, 4096)), (16, (128,)))
+    for heads, batches in ((128, (256, 32, 8, 1)), (64, (4096, 128, 32, 8, 1)), (16, (128,)))
     for tokens in batches
 )
 CPU_DECODE = AttentionCase(tokens=16, heads=64, keys=16_384, k=2048, indices="random", page_size=64)

@@ -29,6 +29,12 @@ inline __device__ Total normalise(float max, float sum, const SparseMlaParams& p
   return {lse, kept / sum};
 }
 
+/// Eight values of a row.
+inline __device__ void store_unit(const SparseMlaParams& p, const Work& work, int row, int unit, uint4 x) {
+  constexpr int kUnits = kValueDims / 8;
+  static_cast<uint4*>(p.out)[(work.token * p.heads + work.first_head + row) * kUnits + unit] = x;
+}
+
 /// The output of a split as bf16 [64][512], in the place of the queries; 16-byte units are swizzled over 128 bytes, so
 /// that eight neighbouring ones of a row or of a column are in different banks.
 template <class T>
@@ -40,7 +46,8 @@ __device__ uint16_t* output(Shared<T>& shared, int row, int column) {
 struct Units {
   static constexpr int kDims = 8, kAll = kValueDims / kDims;
   int begin, count;
-  __device__ Units(int rank, int splits) : begin(kAll * rank / splits), count(kAll * (rank + 1) / splits - begin) {}
+  __device__ Units(int rank, int splits) : begin(first(rank, splits)), count(first(rank + 1, splits) - begin) {}
+  __device__ static int first(int rank, int splits) { return kAll * rank / splits; }
   __device__ static int owner(int unit, int splits) { return (splits * (unit + 1) - 1) / kAll; }
 };
 
@@ -113,9 +120,8 @@ __device__ void combine(Shared<T>& shared, const SparseMlaParams& p, const Work&
     const Total total = normalise(max, sum, p, work, row);
 #pragma unroll
     for (float& value : x) value *= total.factor;
-    const int64_t out = work.token * p.heads + work.first_head + row;
-    if (unit == 0) p.lse[out] = total.lse;
-    static_cast<uint4*>(p.out)[out * Units::kAll + unit] = cuda::bf16_chunk(x);
+    if (unit == 0) p.lse[work.token * p.heads + work.first_head + row] = total.lse;
+    store_unit(p, work, row, unit, cuda::bf16_chunk(x));
   }
 }
 

@@ -12,7 +12,6 @@ namespace indexcache::sm90::attention {
 struct Call {
   SparseMlaParams p;
   CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, tile_heads heads and 64 dims
-  CUtensorMap outputs;  // bf16 [tokens, heads, d_v], likewise
   Cut cut;
   int head_tiles;
 };
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
       cuda::wait(&shared.query_full, i & 1);
       math.run(begin, ring, values);
       if (work.splits == 1) {
-        store_whole(math, call.p, &call.outputs, work, begin == ring, ring, values);
+        store_whole(math, call.p, work, begin == ring, ring, values);
       } else {
         finish(math, call.p, work, values);
       }
