@@ -10,6 +10,7 @@ namespace indexcache::sm90::attention {
 struct Work {
   int64_t token;
   int first_head, heads;  // that exist
+  int tile_heads;         // a power of two if there are splits
   int split, splits;      // rank in the cluster, and its size
 };
 
@@ -45,10 +46,22 @@ __device__ uint16_t* output(Shared<T>& shared, int row, int column) {
 /// The dims of a value, in units of eight, that a block of a cluster combines.
 struct Units {
   static constexpr int kDims = 8, kAll = kValueDims / kDims;
-  int begin, count;
-  __device__ Units(int rank, int splits) : begin(first(rank, splits)), count(first(rank + 1, splits) - begin) {}
-  __device__ static int first(int rank, int splits) { return kAll * rank / splits; }
+  int begin, end;
+  /// `inverse`: of inverse_of(splits).
+  __device__ Units(int rank, uint32_t inverse) : begin(first(rank, inverse)), end(first(rank + 1, inverse)) {}
+  __device__ int count() const { return end - begin; }
+  /// kAll * rank / splits, as an exact product.
+  __device__ static int first(int rank, uint32_t inverse) { return static_cast<int>(kAll * rank * inverse >> 16); }
+  __device__ static uint32_t inverse_of(int splits) { return ((1u << 16) + splits - 1) / splits; }
   __device__ static int owner(int unit, int splits) { return (splits * (unit + 1) - 1) / kAll; }
+};
+
+/// A unit or rank, and a row of the tile, of a flat index over both.
+struct Place {
+  int major, row;
+  __device__ static Place of(int i, const Work& work) {
+    return {i >> (31 - __clz(work.tile_heads)), i & (work.tile_heads - 1)};
+  }
 };
 
 // Each block of a cluster sends all that it has: to every block its row states, and its sums of the units that the
@@ -64,45 +77,43 @@ __device__ uint4* inbox(Shared<T>& shared, const Work& work, int rank, const Uni
   constexpr int kStates = kMaxSplits * kTileHeads * sizeof(RowState) / sizeof(uint4);
   constexpr int kLargest = Units::kAll + kMaxSplits;  // units of all ranks: as many as there are, rounded up
   static_assert(sizeof shared.keys >= sizeof(uint4) * (kStates + kLargest * kTileHeads));
-  return reinterpret_cast<uint4*>(shared.keys) + kStates + (rank * units.count + unit - units.begin) * work.heads + row;
+  return reinterpret_cast<uint4*>(shared.keys) + kStates + (rank * units.count() + unit - units.begin) * work.tile_heads + row;
 }
 
 /// One thread, before any block sends.
 template <class T>
 __device__ void expect_splits(Shared<T>& shared, const Work& work) {
-  const int row_bytes = Units(work.split, work.splits).count * int{sizeof(uint4)} + int{sizeof(RowState)};
-  cuda::arrive_expecting(&shared.splits_full, work.splits * work.heads * row_bytes);
+  const Units units(work.split, Units::inverse_of(work.splits));
+  const int row_bytes = units.count() * int{sizeof(uint4)} + int{sizeof(RowState)};
+  cuda::arrive_expecting(&shared.splits_full, work.splits * work.tile_heads * row_bytes);
 }
 
 template <class T>
 __device__ void send_splits(Shared<T>& shared, const Work& work) {
-  const int warp = cuda::warp_id(), lane = cuda::lane_id();
-  for (int unit = warp; unit < Units::kAll; unit += kMathWarps) {
+  const uint32_t inverse = Units::inverse_of(work.splits);
+  for (int i = threadIdx.x; i < Units::kAll * work.tile_heads; i += kMathThreads) {
+    const auto [unit, row] = Place::of(i, work);
     const int to = Units::owner(unit, work.splits);
-    const Units units(to, work.splits);
-    const uint32_t barrier = cuda::address_in(to, &shared.splits_full);
-    const uint32_t first = cuda::address_in(to, inbox(shared, work, work.split, units, unit, 0));
-    for (int row = lane; row < work.heads; row += cuda::kWarpSize) {
-      const auto* const from = reinterpret_cast<const uint4*>(output(shared, row, unit * Units::kDims));
-      cuda::store_counted(first + row * sizeof(uint4), *from, barrier);
-    }
+    const auto* const from = reinterpret_cast<const uint4*>(output(shared, row, unit * Units::kDims));
+    const auto* const local = inbox(shared, work, work.split, Units(to, inverse), unit, row);
+    cuda::store_counted(cuda::address_in(to, local), *from, cuda::address_in(to, &shared.splits_full));
   }
-  for (int to = warp; to < work.splits; to += kMathWarps) {
-    const uint32_t barrier = cuda::address_in(to, &shared.splits_full);
-    const uint32_t first = cuda::address_in(to, inbox_state(shared, work.split, 0));
-    for (int row = lane; row < work.heads; row += cuda::kWarpSize) {
-      const RowState state = shared.state[row];
-      cuda::store_counted(first + row * sizeof state, __float_as_uint(state.max), __float_as_uint(state.sum), barrier);
-    }
+  for (int i = threadIdx.x; i < work.splits * work.tile_heads; i += kMathThreads) {
+    const auto [to, row] = Place::of(i, work);
+    const RowState state = shared.state[row];
+    cuda::store_counted(cuda::address_in(to, inbox_state(shared, work.split, row)), __float_as_uint(state.max),
+                        __float_as_uint(state.sum), cuda::address_in(to, &shared.splits_full));
   }
 }
 
 /// This block's units of the output: the splits in the order of their ranks.
 template <class T>
 __device__ void combine(Shared<T>& shared, const SparseMlaParams& p, const Work& work) {
-  const Units units(work.split, work.splits);
-  for (int i = threadIdx.x; i < units.count * work.heads; i += kMathThreads) {
-    const int unit = units.begin + i / work.heads, row = i % work.heads;
+  const Units units(work.split, Units::inverse_of(work.splits));
+  for (int i = threadIdx.x; i < units.count() * work.tile_heads; i += kMathThreads) {
+    const auto [place, row] = Place::of(i, work);
+    if (row >= work.heads) continue;
+    const int unit = units.begin + place;
     float max = -__builtin_inff(), sum = 0, x[Units::kDims] = {};
     for (int rank = 0; rank < work.splits; ++rank) max = fmaxf(max, inbox_state(shared, rank, row)->max);
 #pragma unroll 4

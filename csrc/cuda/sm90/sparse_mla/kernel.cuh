@@ -24,6 +24,7 @@ inline __device__ Work work_of(const Call& call, unsigned i) {
   return {.token = token,
           .first_head = head,
           .heads = min(call.cut.tile_heads, call.p.heads - head),
+          .tile_heads = call.cut.tile_heads,
           .split = static_cast<int>(blockIdx.x % call.cut.splits),
           .splits = call.cut.splits};
 }
