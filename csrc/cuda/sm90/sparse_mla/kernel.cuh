@@ -1,5 +1,6 @@
 #pragma once
 
+#include "csrc/cuda/common/dependent_launch.cuh"
 #include "csrc/cuda/common/tma.cuh"
 #include "csrc/cuda/sm90/sparse_mla/finish.cuh"
 #include "csrc/cuda/sm90/sparse_mla/gather_cache.cuh"
@@ -10,21 +11,22 @@ namespace indexcache::sm90::attention {
 
 struct Call {
   SparseMlaParams p;
-  CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, 64 heads and 64 dims
+  CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, tile_heads heads and 64 dims
+  Cut cut;
   int head_tiles;
-  int splits;  // and the size of a cluster
 };
 
 /// The i-th item, a token and head tile, that the block has; none if the token does not exist. A grid whose keys are split
 /// has one for each cluster.
 inline __device__ Work work_of(const Call& call, unsigned i) {
-  const unsigned item = blockIdx.x / call.splits + i * gridDim.x, token = item / call.head_tiles;
-  const int head = static_cast<int>(item - token * call.head_tiles) * kTileHeads;
+  const unsigned item = blockIdx.x / call.cut.splits + i * gridDim.x, token = item / call.head_tiles;
+  const int head = static_cast<int>(item - token * call.head_tiles) * call.cut.tile_heads;
   return {.token = token,
           .first_head = head,
-          .heads = min(kTileHeads, call.p.heads - head),
-          .split = static_cast<int>(blockIdx.x % call.splits),
-          .splits = call.splits};
+          .heads = min(call.cut.tile_heads, call.p.heads - head),
+          .tile_heads = call.cut.tile_heads,
+          .split = static_cast<int>(blockIdx.x % call.cut.splits),
+          .splits = call.cut.splits};
 }
 
 /// The share of a split is whole key blocks. It depends on the row and the splits only.
@@ -48,6 +50,7 @@ __device__ void init_barriers(Shared<T>& shared) {
     }
   }
   for (int i = 0; i < kMathWarpgroups; ++i) cuda::init_barrier(&shared.probabilities_full[i], 4);
+  cuda::init_barrier(&shared.splits_full, 1);
   cuda::publish_barriers();
 }
 
@@ -55,7 +58,8 @@ __device__ void init_barriers(Shared<T>& shared) {
 template <class T>
 __device__ void copy_queries(Shared<T>& shared, const Call& call, const Work& work) {
   const uint64_t policy = cuda::evict_first();
-  cuda::arrive_expecting(&shared.query_full, T::kQueryBytes);
+  cuda::arrive_expecting(&shared.query_full, call.cut.tile_heads * T::kDims * 2);
+#pragma unroll 1
   for (int chunk = 0; chunk < T::kChunks; ++chunk) {
     cuda::copy_tile(shared.queries + chunk * kChunkElements, &call.queries, chunk * kChunkDims, work.first_head,
                     static_cast<int>(work.token), &shared.query_full, policy);
@@ -68,9 +72,11 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(memory);
   if (threadIdx.x == 0) {
     init_barriers(shared);
-    copy_queries(shared, call, work_of(call, 0));
+    if (call.cut.splits > 1) expect_splits(shared, work_of(call, 0));
   }
   __syncthreads();
+  cuda::wait_for_kernel_before();
+  if (threadIdx.x == 0) copy_queries(shared, call, work_of(call, 0));
   // The shuffle tells the compiler that it is the same in all lanes.
   const int warpgroup = __shfl_sync(cuda::kFullMask, cuda::warp_id(), 0) / 4;
   uint32_t ring = 0;  // key blocks before this item
@@ -79,19 +85,23 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
     Work work = work_of(call, 0);
     KeyList keys = keys_of_split(call.p, work);
     Producer<T, typename T::Source> producer(shared, call.p, keys);
-    for (unsigned i = 0; work.token < call.p.tokens; ++i) {
-      const Work next = work_of(call, i + 1);
-      const KeyList next_keys = keys_of_split(call.p, next);
-      producer.run(keys, next_keys, ring, [&] {
-        if (i == 0 || threadIdx.x != kMathThreads) return;
-        cuda::wait(&shared.query_empty, (i - 1) & 1);
-        copy_queries(shared, call, work);
-      });
-      attend_finish(work);
-      ring += keys.blocks();
-      work = next;
-      keys = next_keys;
+    if constexpr (T::Source::kManyTokens) {
+      for (unsigned i = 0; work.token < call.p.tokens; ++i) {
+        const Work next = work_of(call, i + 1);
+        const KeyList next_keys = keys_of_split(call.p, next);
+        producer.run(keys, next_keys, ring, [&] {
+          if (i == 0 || threadIdx.x != kMathThreads) return;
+          cuda::wait(&shared.query_empty, (i - 1) & 1);
+          copy_queries(shared, call, work);
+        });
+        ring += keys.blocks();
+        work = next;
+        keys = next_keys;
+      }
+    } else {
+      producer.run();
     }
+    if (call.cut.splits > 1) attend_finish();
   } else {
     cuda::take_registers<T::Source::kMathRegisters>();
     constexpr float kLog2E = 1.44269504088896f;
@@ -110,6 +120,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
       } else {
         finish(math, call.p, work, values);
       }
+      if (!T::Source::kManyTokens) break;
     }
   }
 }

@@ -25,7 +25,7 @@ void sparse_mla(const SparseMlaParams& p, Stream stream) {
   if (!fits(p)) return generic::sparse_mla(p, stream);
   const char* op = p.cache.data != nullptr ? "sparse_mla_paged" : "sparse_mla";
   const auto d_qk = static_cast<uint64_t>(p.d_qk);
-  const int64_t head_tiles = cuda::ceil_div(p.heads, kTileHeads);
+  const Cut how = cut(p.tokens, p.heads, p.k);
   const Call call{.p = p,
                   .queries = cuda::tensor_map(op, {.type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                                                    .data = p.q,
@@ -34,10 +34,10 @@ void sparse_mla(const SparseMlaParams& p, Stream stream) {
                                                              static_cast<uint64_t>(p.tokens)},
                                                    .strides = {static_cast<uint64_t>(2 * p.q_head_stride),
                                                                static_cast<uint64_t>(2 * p.q_token_stride)},
-                                                   .tile = {kChunkDims, kTileHeads, 1},
+                                                   .tile = {kChunkDims, static_cast<uint32_t>(how.tile_heads), 1},
                                                    .swizzle = cuda::Swizzle::bytes128}),
-                  .head_tiles = static_cast<int>(head_tiles),
-                  .splits = splits(p.tokens, head_tiles, p.k)};
+                  .cut = how,
+                  .head_tiles = head_tiles(p.heads, how.tile_heads)};
   if (p.cache.data != nullptr) return launch<Tile<CacheSource, 576>>(op, call, stream);
   return p.d_qk == 576 ? launch<Tile<DenseSource, 576>>(op, call, stream) : launch<Tile<DenseSource, 512>>(op, call, stream);
 }
