@@ -42,11 +42,11 @@ struct DenseSource {  // bf16 rows, copied by cp.async
   static constexpr int kProducerWarpgroups = 1;
   static constexpr int kProducerRegisters = 72;
   static constexpr int kMathRegisters = 216;
-#ifndef EARLY
-#define EARLY 2
-#endif
-  static constexpr bool kManyTokens = true;    // a block goes on from token to token
-  static constexpr int kEarlyParts = EARLY;  // are scored before the values of the block before, the others after them
+  static constexpr bool kManyTokens = true;  // a block goes on from token to token
+  static constexpr int kEarlyParts = 2;      // are scored before the values of the block before, the others after them
+  /// Whether readers fence the producer's writes from the tensor cores. After cp.async CUTLASS does not in its main loops
+  /// either: the barrier that counts the copies orders them.
+  static constexpr bool kReadersFence = false;
 };
 struct CacheSource {  // 656-byte rows, dequantised in registers
   static constexpr int kProducerWarpgroups = 2;
@@ -54,6 +54,7 @@ struct CacheSource {  // 656-byte rows, dequantised in registers
   static constexpr int kMathRegisters = 208;
   static constexpr bool kManyTokens = false;
   static constexpr int kEarlyParts = 0;
+  static constexpr bool kReadersFence = true;
 };
 
 template <class source, int d_qk>
