@@ -1,8 +1,8 @@
 // The producers for rows of the 656-byte cache: dequantise them in registers.
 //
-// Two warpgroups, each with the value dims of one of the math warpgroups: two parts of a key block, in turn. A warp holds
-// the bytes of one part and loads the next as it stores them. More would not help: ptxas tells the loads of a warp apart
-// within a basic block only, so all that are in flight over a wait for a barrier arrive for the warp as one.
+// Two warpgroups, each with the value dims of one of the math warpgroups: two parts of a key block, in turn. A warp
+// holds the bytes of one part and loads the next as it stores them. More would not help: ptxas tells the loads of a
+// warp apart within a basic block only, so all that are in flight over a wait for a barrier arrive for the warp as one.
 #pragma once
 
 #include "csrc/cuda/common/async_copy.cuh"
@@ -28,8 +28,8 @@ __device__ inline uint4 dequantise(uint32_t low, uint32_t high, float scale) {
   return {pair(a.x, a.y), pair(a.z, a.w), pair(b.x, b.y), pair(b.z, b.w)};
 }
 
-/// Each warp has 16 neighbouring keys, and eight lanes a row, so that a load has the 128 bytes of a part in each of four
-/// rows. The lanes of a row are spread so that eight consecutive ones store into different banks.
+/// Each warp has 16 neighbouring keys, and eight lanes a row, so that a load has the 128 bytes of a part in each of
+/// four rows. The lanes of a row are spread so that eight consecutive ones store into different banks.
 template <class T>
 struct Producer<T, CacheSource> {
   static constexpr int kWarpKeys = kTileKeys / 4, kPassRows = 4, kPasses = kWarpKeys / kPassRows;
