@@ -16,8 +16,8 @@ struct Call {
   int head_tiles;
 };
 
-/// The i-th item, a token and head tile, that the block has; none if the token does not exist. A grid whose keys are split
-/// has one for each cluster.
+/// The i-th item, a token and head tile, that the block has; none if the token does not exist. A grid whose keys are
+/// split has one for each cluster.
 inline __device__ Work work_of(const Call& call, unsigned i) {
   const unsigned item = blockIdx.x / call.cut.splits + i * gridDim.x, token = item / call.head_tiles;
   const int head = static_cast<int>(item - token * call.head_tiles) * call.cut.tile_heads;
