@@ -176,6 +176,7 @@ struct Math {
   template <class Values>
   __device__ void follow(uint32_t block, Values& values) {
     cuda::wait(&shared.probabilities_full[block % kMathWarpgroups], block / kMathWarpgroups & 1);
+    if constexpr (T::Source::kReadersFence) cuda::fence_async_proxy();  // its products read the keys too
     const float top[kRows] = {shared.max[first_row()], shared.max[first_row() + 8]};
     if (__any_sync(cuda::kFullMask, top[0] != max[0] || top[1] != max[1])) rise_to(top, values);
   }
