@@ -56,10 +56,20 @@ __device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const Work&
   }
   cuda::sync_threads<128>(kBarrierOfWarpgroup + math.warpgroup);
   static_assert(kHalfDims / 8 == cuda::kWarpSize);
-#pragma unroll 4
-  for (int row = threadIdx.x % 128 / 32; row < work.heads; row += 4) {
-    const auto x = *reinterpret_cast<const uint4*>(chunks + unit_offset(lane / 8, row, lane % 8));
-    store_unit(p, work, row, math.warpgroup * cuda::kWarpSize + lane, x);
+  constexpr int kWarps = 4, kBatch = 4;  // loads on their way
+#pragma unroll
+  for (int first_of_batch = 0; first_of_batch < kTileHeads; first_of_batch += kWarps * kBatch) {
+    const int row = first_of_batch + threadIdx.x % 128 / 32;
+    uint4 x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      x[i] = *reinterpret_cast<const uint4*>(chunks + unit_offset(lane / 8, row + kWarps * i, lane % 8));
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int unit = math.warpgroup * cuda::kWarpSize + lane;
+      if (row + kWarps * i < work.heads) store_unit(p, work, row + kWarps * i, unit, x[i]);
+    }
   }
   warp_arrive(&shared.key_empty[stage][math.warpgroup]);
   warp_arrive(&shared.key_empty[stage][kMathWarpgroups + math.warpgroup]);
