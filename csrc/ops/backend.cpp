@@ -6,6 +6,7 @@
 #include "csrc/cpu/cpu.h"
 #include "csrc/ops/build_info.h"
 #include "indexcache/error.h"
+#include "indexcache/params.h"
 
 #if INDEXCACHE_WITH_CUDA
 #include "csrc/cuda/common/device.h"
@@ -26,6 +27,11 @@ bool fits_shared_memory(const CallShape& shape) { return shape.dim <= 12288; }
 bool fits_sm90_indexer(const CallShape& shape) {
   const int64_t h = shape.heads;
   return (h == 8 || h == 16 || h == 32 || h == 64) && (shape.dim == 64 || shape.dim == 128);
+}
+
+bool fits_sm90_attention(const CallShape& shape) {
+  const bool dims = (shape.dim == kLatentDim + kRopeDim || shape.dim == kLatentDim) && shape.d_v == kLatentDim;
+  return shape.dtype == DType::bf16 && dims;
 }
 
 bool fits_sm90_topk(const CallShape& shape) { return shape.k <= 2048; }
@@ -54,7 +60,9 @@ constexpr Capability kCapabilities[] = {
     INDEXCACHE_INDEXER("indexer_topk"),
     INDEXCACHE_INDEXER("indexer_topk_paged"),
     INDEXCACHE_ROWS("to_slots", "any page size"),
+    {"sparse_mla", Backend::sm90, "any heads; d_qk 576 or 512, d_v 512; bfloat16", fits_sm90_attention},
     INDEXCACHE_ROWS("sparse_mla", kFloats),
+    {"sparse_mla_paged", Backend::sm90, "any heads; q bfloat16; 656-byte rows, any page size", fits_sm90_attention},
     INDEXCACHE_ROWS("sparse_mla_paged", "any heads; q float32, bfloat16; 656-byte rows, any page size"),
 };
 #undef INDEXCACHE_ROWS

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "csrc/cuda/common/l2_policy.cuh"
+#include "csrc/cuda/common/mbarrier.cuh"
 
 namespace indexcache::cuda {
 
@@ -23,6 +24,11 @@ __device__ inline void copy_first_bytes(uint32_t to, const void* from, int bytes
 
 /// Ends this thread's group of copies.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Arrives at a barrier, one of the arrivals that it counts, as soon as all copies of this thread so far are complete.
+__device__ inline void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 
 /// Waits until all but the last `kPending` groups of this thread have arrived.
 template <int kPending>

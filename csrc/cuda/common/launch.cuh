@@ -42,7 +42,7 @@ void launch(const char* op, const Launch& how, CUstream_st* stream, const Args&.
   if ((prepared & bit) == 0) {
     constexpr auto kShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
     check(op, cudaFuncSetAttribute(kKernel, kShared, how.shared_bytes));
-    check(op, cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, how.cluster > 8));
+    check(op, cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));  // a later call may be larger
     prepared |= bit;
   }
   cudaLaunchAttribute attributes[2]{};

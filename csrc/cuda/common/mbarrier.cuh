@@ -11,15 +11,25 @@ namespace indexcache::cuda {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+/// A barrier of the first `kCount` threads that come, in whole warps: those that name the same id, 1 … 15.
+template <int kCount>
+__device__ inline void sync_threads(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kCount) : "memory");
+}
+
 /// A phase ends after `arrivals` arrivals, and the bytes that they announced.
 __device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
+/// Between ordinary accesses to shared memory and those of the copy engine or the tensor cores: each writing thread calls
+/// it before it arrives, or each reading thread after its wait.
+__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 /// Between the last init_barrier() and the first copy: makes barriers visible to the copy engine.
 __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence_async_proxy();
 }
 
 /// By shared_address(), as all below that take an address: a loop may keep it where the compiler would compute it anew.

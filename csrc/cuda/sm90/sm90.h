@@ -15,4 +15,7 @@ void indexer_logits_paged(const IndexerLogitsPagedParams& p, Stream stream);
 /// As generic::topk, for k <= 2,048.
 void topk(const TopkParams& p, Stream stream);
 
+/// As generic::sparse_mla, for bf16, d_qk 576 or 512, d_v 512.
+void sparse_mla(const SparseMlaParams& p, Stream stream);
+
 }  // namespace indexcache::sm90
