@@ -9,6 +9,7 @@
 // docs/sparse_mla.md has the schedule and what bounds it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "indexcache/params.h"
@@ -97,5 +98,24 @@ constexpr int splits(int64_t tokens, int64_t head_tiles, int64_t k) {
   while (split > 1 && (tokens * head_tiles * split > kBusy || split * kTileKeys > k)) split /= 2;
   return split;
 }
+
+// --- Few heads ----------------------------------------------------------------------------------------------------------
+// The 64 rows of a tile are the heads of a group of neighbouring tokens, over the union of their lists. unions.cuh builds
+// the unions, in a kernel of its own; a group whose lists have too little in common goes token by token.
+
+inline constexpr int64_t kMaxGroup = 8;              // tokens
+inline constexpr int64_t kMinGroupedTokens = 512;    // of a call: fewer leave multiprocessors idle
+inline constexpr int64_t kMaxGroupEntries = 1 << 15;  // of its lists: so much fits into shared memory
+inline constexpr int64_t kMaxUnionBytes = int64_t{64} << 20;  // of a call's scratch: longer calls go in chunks
+
+/// Tokens that share a tile, 1: none do. It depends on the shape of the call only.
+constexpr int group_tokens(int64_t tokens, int64_t heads, int64_t k) {
+  if (tokens < kMinGroupedTokens) return 1;
+  return static_cast<int>(std::max<int64_t>(
+      1, std::min({kMaxGroup, kTileHeads / heads, kMaxGroupEntries / std::max<int64_t>(k, 1)})));
+}
+
+/// A larger union is not worth it: the tokens together list `entries`.
+constexpr int64_t most_union_keys(int64_t entries) { return entries * 9 / 10; }
 
 }  // namespace indexcache::sm90::attention
