@@ -76,9 +76,9 @@ struct RowState {
 template <class T>
 struct Shared {
   using Element = uint16_t;  // bf16
-  // Chunks of 64 rows x 64 dims, swizzled as wgmma wants them. Afterwards the output of a split, bf16 [64][512].
+  // Chunks of 64 rows x 64 dims, swizzled as wgmma wants them.
   alignas(1024) Element queries[T::kBlockElements];
-  // The same. Afterwards the partial output of a split, f32 [64][512].
+  // The same. Afterwards the output, in the place of the last block, or the partial output of a split, f32 [64][512].
   alignas(1024) Element keys[kStages][T::kBlockElements];
   alignas(1024) Element probabilities[kTileHeads * kTileKeys];
   float max[kTileHeads];                    // after the block whose probabilities these are

@@ -50,7 +50,7 @@ struct RowQuarter {
 /// Four threads convert a row, 64 bytes at a time, and a warp eight rows, so that its 16-byte stores meet no bank twice.
 /// The warpgroup has half a key block at a time; whatever it has stored makes room for a load of the next half.
 template <class T, class Started>
-__device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list, uint32_t ring, CacheSource,
+__device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list, uint32_t ring,
                         const Started& started) {
   constexpr int kHalfKeys = kTileKeys / 2;
   static_assert(T::kProducerThreads == RowQuarter::kThreads * kHalfKeys);
@@ -81,7 +81,9 @@ __device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyLi
     own.load_scales(from);
     if (half % 2 == 0) {
       for (auto& empty : shared.key_empty[stage]) cuda::wait(&empty, parity ^ 1);
-      if (thread < cuda::kWarpSize) store_valid(shared, stage, list, block * kTileKeys);
+      if (thread < cuda::kWarpSize) {
+        store_valid(shared, stage, list, {list.entry(block * kTileKeys + thread), list.entry(block * kTileKeys + 32 + thread)});
+      }
     }
     auto* const to = shared.keys[stage] + half % 2 * kHalfKeys * kChunkDims;  // 32 rows keep the swizzle
     const auto store = [&](int chunk, int unit, uint4 x) {
@@ -109,5 +111,16 @@ __device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyLi
     }
   }
 }
+
+template <class T>
+struct Producer<T, CacheSource> {
+  Shared<T>& shared;
+  const SparseMlaParams& p;
+  __device__ Producer(Shared<T>& shared, const SparseMlaParams& p, const KeyList&) : shared(shared), p(p) {}
+  template <class Started>
+  __device__ void run(const KeyList& list, const KeyList&, uint32_t ring, const Started& started) {
+    produce(shared, p, list, ring, started);
+  }
+};
 
 }  // namespace indexcache::sm90::attention

@@ -11,6 +11,7 @@ namespace indexcache::sm90::attention {
 struct Call {
   SparseMlaParams p;
   CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, 64 heads and 64 dims
+  CUtensorMap outputs;  // bf16 [tokens, heads, d_v], likewise
   int head_tiles;
   int splits;  // and the size of a cluster
 };
@@ -29,6 +30,7 @@ inline __device__ Work work_of(const Call& call, unsigned i) {
 
 /// The share of a split is whole key blocks. It depends on the row and the splits only.
 inline __device__ KeyList keys_of_split(const SparseMlaParams& p, const Work& work) {
+  if (work.token >= p.tokens) return {};
   const int64_t length = p.lengths == nullptr ? p.k : min(p.k, max(int64_t{p.lengths[work.token]}, int64_t{0}));
   const auto listed = static_cast<int>(length);
   const int blocks = (listed + kTileKeys - 1) / kTileKeys, share = (blocks + work.splits - 1) / work.splits;
@@ -75,17 +77,21 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
   uint32_t ring = 0;  // key blocks before this item
   if (warpgroup >= kMathWarpgroups) {
     cuda::give_registers<T::Source::kProducerRegisters>();
-    for (unsigned i = 0;; ++i) {
-      const Work work = work_of(call, i);
-      if (work.token >= call.p.tokens) break;
-      const KeyList keys = keys_of_split(call.p, work);
-      produce(shared, call.p, keys, ring, typename T::Source{}, [&] {
+    Work work = work_of(call, 0);
+    KeyList keys = keys_of_split(call.p, work);
+    Producer<T, typename T::Source> producer(shared, call.p, keys);
+    for (unsigned i = 0; work.token < call.p.tokens; ++i) {
+      const Work next = work_of(call, i + 1);
+      const KeyList next_keys = keys_of_split(call.p, next);
+      producer.run(keys, next_keys, ring, [&] {
         if (i == 0 || threadIdx.x != kMathThreads) return;
         cuda::wait(&shared.query_empty, (i - 1) & 1);
         copy_queries(shared, call, work);
       });
-      ring += keys.blocks();
       attend_finish(work);
+      ring += keys.blocks();
+      work = next;
+      keys = next_keys;
     }
   } else {
     cuda::take_registers<T::Source::kMathRegisters>();
@@ -94,14 +100,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
     for (unsigned i = 0;; ++i) {
       const Work work = work_of(call, i);
       if (work.token >= call.p.tokens) break;
-      const uint32_t end = ring + keys_of_split(call.p, work).blocks();
+      const uint32_t begin = ring;
+      ring += keys_of_split(call.p, work).blocks();
       Math<T> math{shared, static_cast<uint32_t>(warpgroup), call.p.sm_scale * kLog2E};
       cute::clear(values);
       cuda::wait(&shared.query_full, i & 1);
-      math.run(ring, end, values);
-      ring = end;
+      math.run(begin, ring, values);
       if (work.splits == 1) {
-        store_whole(math, call.p, work, values);
+        store_whole(math, call.p, &call.outputs, work, begin == ring, ring, values);
       } else {
         finish(math, call.p, work, values);
       }

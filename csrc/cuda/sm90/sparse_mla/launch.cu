@@ -13,6 +13,7 @@ using namespace attention;
 bool whole_units(int64_t bytes) { return bytes > 0 && bytes % 16 == 0; }
 
 bool fits(const SparseMlaParams& p) {
+  if (!cuda::aligned(p.out, 16)) return false;
   const bool queries = cuda::aligned(p.q, 16) && whole_units(2 * p.q_token_stride) && whole_units(2 * p.q_head_stride);
   if (p.cache.data != nullptr) return queries && cuda::aligned(p.cache.data, 16) && p.cache.page_stride % 16 == 0;
   return queries && cuda::aligned(p.kv, 16) && 2 * p.kv_stride % 16 == 0;
@@ -34,6 +35,14 @@ void sparse_mla(const SparseMlaParams& p, Stream stream) {
                                                              static_cast<uint64_t>(p.tokens)},
                                                    .strides = {static_cast<uint64_t>(2 * p.q_head_stride),
                                                                static_cast<uint64_t>(2 * p.q_token_stride)},
+                                                   .tile = {kChunkDims, kTileHeads, 1},
+                                                   .swizzle = cuda::Swizzle::bytes128}),
+                  .outputs = cuda::tensor_map(op, {.type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                                   .data = p.out,
+                                                   .rank = 3,
+                                                   .sizes = {kValueDims, static_cast<uint64_t>(p.heads),
+                                                             static_cast<uint64_t>(p.tokens)},
+                                                   .strides = {2 * kValueDims, static_cast<uint64_t>(2 * kValueDims * p.heads)},
                                                    .tile = {kChunkDims, kTileHeads, 1},
                                                    .swizzle = cuda::Swizzle::bytes128}),
                   .head_tiles = static_cast<int>(head_tiles),

@@ -21,6 +21,17 @@ __device__ inline int first_column() { return 2 * (cuda::lane_id() % 4); }
 /// Named barriers of the math warpgroups.
 inline constexpr int kBarrierOfMath = 1, kBarrierOfWarpgroup = 2;
 
+/// Stores 16 rows of an accumulator, as bf16, into a chunk: of units `unit` and the next, first_row()'s pair and the one
+/// eight rows down. `to`: of matrix_address().
+__device__ inline uintptr_t matrix_address(const uint16_t* chunk) {
+  const int lane = cuda::lane_id(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // a lane names a row of a matrix
+  return reinterpret_cast<uintptr_t>(chunk + unit_offset(0, row, lane / 16));
+}
+__device__ inline void store_matrices(uintptr_t to, int unit, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  // The swizzle is an exclusive or, and rows are aligned to their 128 bytes.
+  cute::SM90_U32x4_STSM_N::copy(a, b, c, d, *reinterpret_cast<cute::uint128_t*>(to ^ unit * 16));
+}
+
 /// exp2 to about 2 ulp; 0 for -inf.
 __device__ inline float fast_exp2(float x) {
   float y;
@@ -134,15 +145,9 @@ struct Math {
 
   /// Gives the other warpgroup what it needs of a block.
   __device__ void publish(const uint32_t (&pairs)[kScores / 2]) {
-    // A lane names a row of one of four 8 x 8 matrices: two of rows by two units of eight columns.
-    const int lane = cuda::lane_id(), matrix_row = threadIdx.x % 128 / 32 * 16 + lane % 16, unit = lane / 16;
-    const auto* const to = reinterpret_cast<const uint8_t*>(shared.probabilities + unit_offset(0, matrix_row, unit));
+    const auto to = matrix_address(shared.probabilities);
 #pragma unroll
-    for (int i = 0; i < kScores / 2; i += 4) {
-      const auto at = reinterpret_cast<uintptr_t>(to) ^ i / 2 * 16;  // rows are aligned to their 128 bytes
-      cute::SM90_U32x4_STSM_N::copy(pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3],
-                                    *reinterpret_cast<cute::uint128_t*>(at));
-    }
+    for (int i = 0; i < kScores / 2; i += 4) store_matrices(to, i / 2, pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
     const int row = first_row();
     if (cuda::lane_id() % 4 == 0) {
 #pragma unroll
@@ -187,13 +192,13 @@ struct Math {
     }
   }
 
-  /// Frees the parts of `block` as this warpgroup's values are done; kLater groups were started after them.
+  /// Frees the parts of `block` as this warpgroup's values are done, if `free`; kLater groups were started after them.
   template <int kLater, class Values>
-  __device__ void end_values(uint32_t block, Values& values) {
+  __device__ void end_values(uint32_t block, Values& values, bool free) {
     cute::warpgroup_wait<kLater + 1>();
-    warp_arrive(&shared.key_empty[block % kStages][warpgroup]);
+    if (free) warp_arrive(&shared.key_empty[block % kStages][warpgroup]);
     cute::warpgroup_wait<kLater>();
-    warp_arrive(&shared.key_empty[block % kStages][kMathWarpgroups + warpgroup]);
+    if (free) warp_arrive(&shared.key_empty[block % kStages][kMathWarpgroups + warpgroup]);
     cute::warpgroup_fence_operand(values);
   }
 
@@ -211,7 +216,7 @@ struct Math {
     publish(pairs);
     rescale(values, correction);
     start_values<OwnValueMma>(fragment, block, values);
-    end_values<0>(block, values);
+    end_values<0>(block, values, block + 1 < end);
   }
 
   /// Starts the values of a block that the other warpgroup scored.
@@ -224,7 +229,8 @@ struct Math {
     start_values<ValueMma>(ValueMma{}.get_slice(threadIdx.x % 128).partition_fragment_A(tile), block, values);
   }
 
-  /// Key blocks `block` … `end` - 1 of the ring, which are those of a token.
+  /// Key blocks `block` … `end` - 1 of the ring, which are those of a token. Keeps this warpgroup's dims of the last one,
+  /// for the output.
   template <class Values>
   __device__ void run(uint32_t block, uint32_t end, Values& values) {
     auto scores = cute::partition_fragment_C(ScoreMma{}, Shape<Int<kTileHeads>, Int<kTileKeys>>{});
@@ -241,7 +247,7 @@ struct Math {
       while (true) {
         start_other_block(block, values);
         start_scores<kEarlyParts, kParts>(scores, block + 1);
-        end_values<1>(block, values);
+        end_values<1>(block, values, true);
         cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);  // no warp's products read the probabilities any more
         own_block(block + 1, end, scores, values);
         block += 2;
@@ -251,7 +257,7 @@ struct Math {
     }
     if (block < end) {
       start_other_block(block, values);
-      end_values<0>(block, values);
+      end_values<0>(block, values, false);
     }
   }
 };

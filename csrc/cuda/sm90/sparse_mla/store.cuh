@@ -1,14 +1,23 @@
-// The end of a token whose keys were not split: normalise, sink, lse, and the output straight from registers, so that
-// shared memory is free for the next token.
+// The end of a token whose keys were not split: normalise, sink, lse; and the output, through shared memory of this
+// warpgroup's own, while the next token's queries and keys are on their way.
 #pragma once
 
+#include "csrc/cuda/common/tma.cuh"
 #include "csrc/cuda/sm90/sparse_mla/finish.cuh"
 
 namespace indexcache::sm90::attention {
 
-/// The math warpgroups.
+/// Of a token without keys.
+inline __device__ void store_zeros(const SparseMlaParams& p, const Work& work) {
+  auto* const out = static_cast<uint16_t*>(p.out) + (work.token * p.heads + work.first_head) * kValueDims;
+  for (int i = threadIdx.x; i < work.heads * kValueDims / 8; i += kMathThreads) reinterpret_cast<uint4*>(out)[i] = {};
+}
+
+/// The math warpgroups, after run() up to `end`. The output takes the place of the last key block, this warpgroup's dims
+/// of which nobody else reads.
 template <class T, class Values>
-__device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const Work& work, Values& values) {
+__device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const CUtensorMap* outputs, const Work& work,
+                            bool empty, uint32_t end, const Values& values) {
   Shared<T>& shared = math.shared;
   const int first = first_row(), lane = cuda::lane_id();
 #pragma unroll
@@ -19,28 +28,42 @@ __device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const Work&
     if (lane % 4 == 0) shared.sums[math.warpgroup][first + 8 * r] = sum;
   }
   cuda::sync_threads<kMathThreads>(kBarrierOfMath);
-  auto* const out = static_cast<uint16_t*>(p.out) + (work.token * p.heads + work.first_head) * kValueDims;
-  float* const lse = p.lse + work.token * p.heads + work.first_head;
+  float factor[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = first + 8 * r;
     const Total all = normalise(math.max[r], shared.sums[0][row] + shared.sums[1][row], p, work, row);
-    if (math.warpgroup == r && lane % 4 == 0 && row < work.heads) lse[row] = all.lse;
-    // Neighbouring lanes swap, so that each has eight bytes of every other unit of eight columns: whole sectors.
-#pragma unroll
-    for (int j = 0; j < kHalfDims / 8; j += 2) {
-      const auto pair = [&](int unit) {
-        return cuda::float_to_bf16x2(values(4 * unit + 2 * r) * all.factor, values(4 * unit + 2 * r + 1) * all.factor);
-      };
-      const uint32_t a = pair(j), b = pair(j + 1);
-      const bool odd = lane % 2;
-      const uint32_t other = __shfl_xor_sync(cuda::kFullMask, odd ? a : b, 1);
-      const uint2 x = odd ? uint2{other, b} : uint2{a, other};
-      const int column = math.warpgroup * kHalfDims + (j + lane % 2) * 8 + lane / 2 % 2 * 4;
-      if (row < work.heads) *reinterpret_cast<uint2*>(out + row * kValueDims + column) = x;
-    }
+    factor[r] = all.factor;
+    if (math.warpgroup == r && lane % 4 == 0 && row < work.heads) p.lse[work.token * p.heads + work.first_head + row] = all.lse;
   }
   cuda::sync_threads<kMathThreads>(kBarrierOfMath);  // the sums of the next token take the place of these
+  if (empty) return store_zeros(p, work);
+
+  constexpr int kOwnChunks = kHalfDims / kChunkDims;
+  const uint32_t stage = (end - 1) % kStages;
+  uint16_t* const chunks = shared.keys[stage] + math.warpgroup * kOwnChunks * kChunkElements;
+  const auto pair = [&](int unit, int r) {
+    return cuda::float_to_bf16x2(values(4 * unit + 2 * r) * factor[r], values(4 * unit + 2 * r + 1) * factor[r]);
+  };
+#pragma unroll
+  for (int chunk = 0; chunk < kOwnChunks; ++chunk) {
+    const auto to = matrix_address(chunks + chunk * kChunkElements);
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const int unit = chunk * 8 + i;
+      store_matrices(to, i, pair(unit, 0), pair(unit, 1), pair(unit + 1, 0), pair(unit + 1, 1));
+    }
+  }
+  cuda::fence_async_proxy();
+  cuda::sync_threads<128>(kBarrierOfWarpgroup + math.warpgroup);
+  if (threadIdx.x % 128 != 0) return;
+  for (int chunk = 0; chunk < kOwnChunks; ++chunk) {
+    cuda::store_tile(outputs, math.warpgroup * kHalfDims + chunk * kChunkDims, work.first_head, static_cast<int>(work.token),
+                     chunks + chunk * kChunkElements);
+  }
+  cuda::commit_stores();
+  cuda::wait_for_store_reads();
+  for (int part = math.warpgroup; part < kParts; part += kMathWarpgroups) cuda::arrive(&shared.key_empty[stage][part], 4);
 }
 
 }  // namespace indexcache::sm90::attention
