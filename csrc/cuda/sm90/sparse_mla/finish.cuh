@@ -11,6 +11,7 @@ struct Work {
   int64_t token;
   int first_head, heads;  // that exist
   int split, splits;      // rank in the cluster, and its size
+  int union_keys = -1;    // of a group with a union; its rows are the heads of all its tokens
 };
 
 /// Total of all splits of a row, and what the output is to be multiplied by.
@@ -26,7 +27,7 @@ inline __device__ Total normalise(float max, float sum, const SparseMlaParams& p
   if (sum == 0) return {-__builtin_inff(), 0, max};
   const float lse = (max + log2f(sum)) * kLn2;
   const bool sinks = p.sink != nullptr && row < work.heads;
-  const float kept = sinks ? 1.0f / (1.0f + expf(p.sink[work.first_head + row] - lse)) : 1.0f;
+  const float kept = sinks ? 1.0f / (1.0f + expf(p.sink[(work.first_head + row) % p.heads] - lse)) : 1.0f;
   return {lse, kept / sum, max};
 }
 

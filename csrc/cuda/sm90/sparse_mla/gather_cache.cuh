@@ -81,9 +81,7 @@ __device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyLi
     own.load_scales(from);
     if (half % 2 == 0) {
       for (auto& empty : shared.key_empty[stage]) cuda::wait(&empty, parity ^ 1);
-      if (thread < cuda::kWarpSize) {
-        store_valid(shared, stage, list, {list.entry(block * kTileKeys + thread), list.entry(block * kTileKeys + 32 + thread)});
-      }
+      if (thread < cuda::kWarpSize) store_valid(shared, stage, list, read_marks<T>(list, block));
     }
     auto* const to = shared.keys[stage] + half % 2 * kHalfKeys * kChunkDims;  // 32 rows keep the swizzle
     const auto store = [&](int chunk, int unit, uint4 x) {

@@ -13,7 +13,8 @@ void launch(const char* op, const Call& call, CUstream_st* stream) {
                           {.blocks = call.splits > 1 ? items * call.splits : std::min<int64_t>(items, cuda::sm_count()),
                            .threads = T::kThreads,
                            .shared_bytes = sizeof(Shared<T>),
-                           .cluster = call.splits},
+                           .cluster = call.splits,
+                           .early = T::kGrouped},  // after build_unions()
                           stream, call);
 }
 

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kUnionThreads) union_kernel(const __grid_const
 
   if (__syncthreads_or(apart || repeated)) {
     if (threadIdx.x != 0) return;
-    Item* const singles = call.to.items + gridDim.x + atomicAdd(call.to.counts + 1, lists.tokens);
+    Item* const singles = call.to.singles + atomicAdd(call.to.counts + 1, lists.tokens);
     for (int token = 0; token < lists.tokens; ++token) singles[token] = {static_cast<int32_t>(first_token + token), -1};
     return;
   }
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kUnionThreads) union_kernel(const __grid_const
     const int block = i / block_words, token = i % block_words / (kTileKeys / 32);
     to[i] = members[token * call.pitch + block * (kTileKeys / 32) + i % (kTileKeys / 32)];
   }
-  if (threadIdx.x == 0) call.to.items[atomicAdd(call.to.counts, 1)] = {static_cast<int32_t>(first_token), found};
+  if (threadIdx.x == 0) call.to.groups[atomicAdd(call.to.counts, 1)] = {static_cast<int32_t>(first_token), found};
 }
 
 }  // namespace indexcache::sm90::attention

@@ -14,8 +14,9 @@ struct alignas(8) Item {
 struct Unions {
   int group;   // tokens
   int blocks;  // key blocks that a union may have
-  uint32_t* counts;   // of items: unions, and single tokens
-  Item* items;        // [groups] for unions, [tokens] for single ones; the order does not matter
+  uint32_t* counts;   // of groups and of singles
+  Item* groups;       // [groups] that have a union; in no order
+  Item* singles;      // [tokens] of the others
   uint32_t* members;  // [groups][blocks][group][kTileKeys / 32], a bit per key: the token lists it
   int32_t* keys;      // [groups][blocks * kTileKeys], ascending, each once
 
@@ -25,7 +26,7 @@ struct Unions {
 
 /// Tokens of a call, or of a chunk of it, and the memory of their unions.
 struct UnionSize {
-  int64_t tokens, groups, blocks, items_at, members_at, keys_at, bytes;
+  int64_t tokens = 0, groups = 0, blocks = 0, items_at = 0, members_at = 0, keys_at = 0, bytes = 0;
 };
 constexpr UnionSize union_size(int64_t tokens, int64_t k, int group) {
   constexpr int64_t kAlignment = 256;
@@ -50,7 +51,8 @@ inline Unions unions_at(void* scratch, const UnionSize& size, int group) {
   return {.group = group,
           .blocks = static_cast<int>(size.blocks),
           .counts = reinterpret_cast<uint32_t*>(at),
-          .items = reinterpret_cast<Item*>(at + size.items_at),
+          .groups = reinterpret_cast<Item*>(at + size.items_at),
+          .singles = reinterpret_cast<Item*>(at + size.items_at) + size.groups,
           .members = reinterpret_cast<uint32_t*>(at + size.members_at),
           .keys = reinterpret_cast<int32_t*>(at + size.keys_at)};
 }
