@@ -105,26 +105,37 @@ struct Math {
     }
   }
 
-  /// Dot products become probabilities, as bf16 pairs; the scale of what was before them.
-  template <class Scores>
-  __device__ void softmax(Scores& scores, uint32_t block, uint32_t (&pairs)[kScores / 2], float (&correction)[kRows]) {
+  /// Dot products become probabilities, as bf16 pairs. Maxima rise ever more rarely, so it is found out whether one does
+  /// while the exponentials are on their way.
+  template <class Scores, class Values>
+  __device__ void softmax(Scores& scores, uint32_t block, uint32_t (&pairs)[kScores / 2], Values& values) {
     mask(scores, shared.valid[block % kStages]);
-    float top[kRows] = {-__builtin_inff(), -__builtin_inff()};
+    float added[kRows], top[kRows] = {-__builtin_inff(), -__builtin_inff()};
+    exponentials(scores, pairs, added);
 #pragma unroll
     for (int i = 0; i < kScores; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], scores(i));
-    float base[kRows];
+    if (__any_sync(cuda::kFullMask, top[0] * scale > max[0] + kSlack || top[1] * scale > max[1] + kSlack)) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 1));
-      top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 2)) * scale;
-      follow(r, top[r] > max[r] + kSlack ? top[r] : max[r], correction);
-      base[r] = finite_base(max[r]);
+      for (int r = 0; r < kRows; ++r) {
+        top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 1));
+        top[r] = fmaxf(top[r], __shfl_xor_sync(cuda::kFullMask, top[r], 2)) * scale;
+        top[r] = top[r] > max[r] + kSlack ? top[r] : max[r];
+      }
+      rise_to(top, values);
+      exponentials(scores, pairs, added);
     }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sum[r] += added[r];
+  }
+
+  template <class Scores>
+  __device__ void exponentials(const Scores& scores, uint32_t (&pairs)[kScores / 2], float (&added)[kRows]) {
+    const float base[kRows] = {finite_base(max[0]), finite_base(max[1])};
 #pragma unroll
     for (int i = 0; i < kScores; i += 2) {
       const int r = i / 2 % 2;
       const float low = fast_exp2(fmaf(scores(i), scale, -base[r])), high = fast_exp2(fmaf(scores(i + 1), scale, -base[r]));
-      sum[r] += low + high;
+      added[r] = i < 2 * kRows ? low + high : added[r] + (low + high);
       pairs[i / 2] = __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(__floats2bfloat162_rn(low, high)));
     }
   }
@@ -152,11 +163,18 @@ struct Math {
     }
   }
 
-  /// A new maximum of a row.
-  __device__ void follow(int r, float top, float (&correction)[kRows]) {
-    correction[r] = fast_exp2(max[r] - finite_base(top));
-    max[r] = top;
-    sum[r] *= correction[r];
+  /// New maxima; what was before them shrinks.
+  template <class Values>
+  __device__ void rise_to(const float (&top)[kRows], Values& values) {
+    float correction[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      correction[r] = fast_exp2(max[r] - finite_base(top[r]));
+      max[r] = top[r];
+      sum[r] *= correction[r];
+    }
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values(i) *= correction[i / 2 % 2];
   }
 
   /// Gives the other warpgroup what it needs of a block.
@@ -174,19 +192,12 @@ struct Math {
   }
 
   /// What the other warpgroup made of `block`.
-  __device__ void follow(uint32_t block, float (&correction)[kRows]) {
+  template <class Values>
+  __device__ void follow(uint32_t block, Values& values) {
     cuda::wait(&shared.probabilities_full[block % kMathWarpgroups], block / kMathWarpgroups & 1);
     cuda::fence_async_proxy();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) follow(r, shared.max[first_row() + 8 * r], correction);
-  }
-
-  /// Rare after the first blocks, and 1 changes no bits.
-  template <class Values>
-  __device__ static void rescale(Values& values, const float (&correction)[kRows]) {
-    if (__all_sync(cuda::kFullMask, correction[0] == 1.0f && correction[1] == 1.0f)) return;
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) values(i) *= correction[i / 2 % 2];
+    const float top[kRows] = {shared.max[first_row()], shared.max[first_row() + 8]};
+    if (__any_sync(cuda::kFullMask, top[0] != max[0] || top[1] != max[1])) rise_to(top, values);
   }
 
   /// Starts this warpgroup's half of the values of `block`, a group for each part.
@@ -227,10 +238,8 @@ struct Math {
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     if (block + kMathWarpgroups >= end) warp_arrive(&shared.query_empty);
-    float correction[kRows];
-    softmax(scores, block, pairs, correction);
+    softmax(scores, block, pairs, values);
     publish(pairs);
-    rescale(values, correction);
     start_values<OwnValueMma>(fragment, block, values);
     end_values<0>(block, values, block + 1 < end);
   }
@@ -238,9 +247,7 @@ struct Math {
   /// Starts the values of a block that the other warpgroup scored.
   template <class Values>
   __device__ void start_other_block(uint32_t block, Values& values) {
-    float correction[kRows];
-    follow(block, correction);
-    rescale(values, correction);
+    follow(block, values);
     const auto tile = cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(shared.probabilities)), RowsLayout<64>{});
     start_values<ValueMma>(ValueMma{}.get_slice(threadIdx.x % 128).partition_fragment_A(tile), block, values);
   }
