@@ -24,7 +24,7 @@ struct Call {
 /// Groups, which take longer, before single tokens.
 inline __device__ Work grouped_work_of(const Call& call, unsigned item) {
   const Unions& unions = call.unions;
-  const unsigned groups = __ldg(unions.counts), singles = __ldg(unions.counts + 1);
+  const unsigned groups = unions.counts[0], singles = unions.counts[1];  // not __ldg: it could move before the wait
   if (item >= groups + singles) return {.token = call.p.tokens};
   const int2 x = __ldg(reinterpret_cast<const int2*>(item < groups ? unions.groups + item : unions.singles + (item - groups)));
   const auto [token, keys] = __builtin_bit_cast(Item, x);
