@@ -1,4 +1,4 @@
-// Copies between global and shared memory by the copy engine (TMA). One thread issues a copy; `barrier` counts its bytes.
+// Copies from global to shared memory by the copy engine (TMA). One thread issues a copy; `barrier` counts its bytes.
 // A tile of a tensor map counts whole, also where parts of it lie outside the tensor and become zeros.
 #pragma once
 
@@ -56,15 +56,5 @@ __device__ inline void copy_tile(void* to, const CUtensorMap* map, int x, int y,
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-
-/// From shared memory. What lies outside the tensor is not stored. A group ends with commit_stores().
-__device__ inline void store_tile(const CUtensorMap* map, int x, int y, int z, const void* from) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map), "r"(x), "r"(y),
-               "r"(z), "r"(shared_address(from))
-               : "memory");
-}
-__device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-/// Until the copy engine has read all that this thread stored.
-__device__ inline void wait_for_store_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 }  // namespace indexcache::cuda

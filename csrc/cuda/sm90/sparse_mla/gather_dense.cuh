@@ -7,8 +7,8 @@
 
 namespace indexcache::sm90::attention {
 
-/// Arrivals that fill a part of a key block: a copy group per thread, and with the first the valid bits.
-constexpr int full_arrivals(DenseSource, int part) { return part == 0 ? 128 + 1 : 128; }
+/// Arrivals that fill a part of a key block: a copy group per thread, and with the last the valid bits.
+constexpr int full_arrivals(DenseSource, int part) { return part == kParts - 1 ? 128 + 1 : 128; }
 
 /// Eight threads copy 128 bytes of a row; a pass of the warpgroup covers 16 rows.
 template <class T>
@@ -56,24 +56,31 @@ struct Producer<T, DenseSource> {
   __device__ void copy(const KeyList& list, const Entries& entries, uint32_t stage, uint32_t parity) {
     const uint32_t to = cuda::shared_address(shared.keys[stage]) + unit_offset(0, first_row, unit) * 2;
     const auto* const kv = static_cast<const Bf16*>(p.kv) + unit * 8;
+    const Bf16* rows[kPasses];
+    int bytes[kPasses];
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const bool exists = list.names_row(entries.copied[i]);
+      rows[i] = kv + (exists ? entries.copied[i] : 0) * p.kv_stride;
+      bytes[i] = exists ? 16 : 0;
+      asm volatile("" : "+l"(rows[i]), "+r"(bytes[i]));  // known before the wait
+    }
     cute::for_each(cute::make_range<0, kParts>{}, [&](auto part) {
       cuda::wait(&shared.key_empty[stage][part], parity ^ 1);
-      if (part == 0 && thread < cuda::kWarpSize) {
-        store_valid(shared, stage, list, entries.marks);
-        if (thread == 0) cuda::arrive(&shared.key_full[stage][part]);
-      }
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
-        const bool exists = list.names_row(entries.copied[i]);
-        const Bf16* const row = kv + (exists ? entries.copied[i] : 0) * p.kv_stride;
 #pragma unroll
         for (int chunk = first_chunk(part); chunk < end_chunk(part, T::kChunks); ++chunk) {
           const int offset = chunk * kChunkElements + i * kPassRows * kChunkDims;  // 16 rows keep the swizzle
-          cuda::copy_first_bytes(to + offset * 2, row + chunk * kChunkDims, exists ? 16 : 0);
+          cuda::copy_first_bytes(to + offset * 2, rows[i] + chunk * kChunkDims, bytes[i]);
         }
       }
       cuda::arrive_after_copies(&shared.key_full[stage][part]);
     });
+    if (thread < cuda::kWarpSize) {
+      store_valid(shared, stage, list, entries.marks);
+      if (thread == 0) cuda::arrive(&shared.key_full[stage][kParts - 1]);
+    }
   }
 };
 

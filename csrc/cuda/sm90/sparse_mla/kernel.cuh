@@ -13,11 +13,10 @@ namespace indexcache::sm90::attention {
 struct Call {
   SparseMlaParams p;
   CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, 64 heads and 64 dims
-  CUtensorMap outputs;  // bf16 [tokens, heads, d_v], likewise
   int head_tiles;
   int splits;  // and the size of a cluster
-  // Few heads: the same tensors in tiles of a group's tokens and all their heads.
-  CUtensorMap group_queries = {}, group_outputs = {};
+  // Few heads: the queries in tiles of a group's tokens and all their heads.
+  CUtensorMap group_queries = {};
   Unions unions = {};
 };
 
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
       cuda::wait(&shared.query_full, i & 1);
       math.run(begin, ring, values);
       if (work.splits == 1) {
-        store_whole(math, call.p, grouped ? &call.group_outputs : &call.outputs, work, begin == ring, ring, values);
+        store_whole(math, call.p, work, begin == ring, ring, values);
       } else if constexpr (!T::kGrouped) {
         finish(math, call.p, work, values);
       }

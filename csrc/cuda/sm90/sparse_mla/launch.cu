@@ -13,7 +13,6 @@ using namespace attention;
 bool whole_units(int64_t bytes) { return bytes > 0 && bytes % 16 == 0; }
 
 bool fits(const SparseMlaParams& p) {
-  if (!cuda::aligned(p.out, 16)) return false;
   const bool queries = cuda::aligned(p.q, 16) && whole_units(2 * p.q_token_stride) && whole_units(2 * p.q_head_stride);
   if (p.cache.data != nullptr) return queries && cuda::aligned(p.cache.data, 16) && p.cache.page_stride % 16 == 0;
   return queries && cuda::aligned(p.kv, 16) && 2 * p.kv_stride % 16 == 0;
@@ -21,30 +20,22 @@ bool fits(const SparseMlaParams& p) {
 
 const char* op_of(const SparseMlaParams& p) { return p.cache.data != nullptr ? "sparse_mla_paged" : "sparse_mla"; }
 
-/// bf16 [tokens, heads, dims] in tiles of `tokens` tokens, `heads` heads and a chunk of dims.
-CUtensorMap head_map(const SparseMlaParams& p, const void* data, int dims, int64_t head_stride, int64_t token_stride,
-                     int heads, int tokens) {
+/// In tiles of `tokens` tokens, `heads` heads and a chunk of dims.
+CUtensorMap query_map(const SparseMlaParams& p, int heads, int tokens) {
   const auto size = [](int64_t x) { return static_cast<uint64_t>(x); };
   return cuda::tensor_map(op_of(p), {.type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                     .data = data,
+                                     .data = p.q,
                                      .rank = 3,
-                                     .sizes = {size(dims), size(p.heads), size(p.tokens)},
-                                     .strides = {size(2 * head_stride), size(2 * token_stride)},
+                                     .sizes = {size(p.d_qk), size(p.heads), size(p.tokens)},
+                                     .strides = {size(2 * p.q_head_stride), size(2 * p.q_token_stride)},
                                      .tile = {kChunkDims, static_cast<uint32_t>(heads), static_cast<uint32_t>(tokens)},
                                      .swizzle = cuda::Swizzle::bytes128});
-}
-CUtensorMap query_map(const SparseMlaParams& p, int heads, int tokens) {
-  return head_map(p, p.q, p.d_qk, p.q_head_stride, p.q_token_stride, heads, tokens);
-}
-CUtensorMap output_map(const SparseMlaParams& p, int heads, int tokens) {
-  return head_map(p, p.out, kValueDims, kValueDims, int64_t{kValueDims} * p.heads, heads, tokens);
 }
 
 Call call_of(const SparseMlaParams& p) {
   const auto head_tiles = static_cast<int>(cuda::ceil_div(p.heads, kTileHeads));
   return {.p = p,
           .queries = query_map(p, kTileHeads, 1),
-          .outputs = output_map(p, kTileHeads, 1),
           .head_tiles = head_tiles,
           .splits = splits(p.tokens, head_tiles, p.k)};
 }
@@ -75,7 +66,6 @@ void launch_grouped(const SparseMlaParams& p, int group, Stream stream) {
     Call call = call_of(part);
     call.splits = 1;
     call.group_queries = query_map(part, p.heads, group);
-    call.group_outputs = output_map(part, p.heads, group);
     call.unions = unions_at(p.scratch, union_size(part.tokens, p.k, group), group);
     build_unions(op_of(p), part, call.unions, stream);
     launch_tile<true>(call, stream);

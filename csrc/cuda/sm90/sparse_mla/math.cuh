@@ -58,7 +58,7 @@ template <class T>
 struct Math {
   static constexpr int kScores = kTileKeys / 2;   // of a thread
   static constexpr int kValues = kHalfDims / 2;
-  static constexpr int kEarlyParts = T::Source::kEarlyParts;
+  static constexpr int kEarlyParts = T::Source::kEarlyParts, kMiddlePart = (kEarlyParts + kParts + 1) / 2;
 
   Shared<T>& shared;
   const uint32_t warpgroup;
@@ -219,13 +219,21 @@ struct Math {
     }
   }
 
-  /// Frees the parts of `block` as this warpgroup's values are done, if `free`; kLater groups were started after them.
-  template <int kLater, class Values>
-  __device__ void end_values(uint32_t block, Values& values, bool free) {
-    cute::warpgroup_wait<kLater + 1>();
-    if (free) warp_arrive(&shared.key_empty[block % kStages][warpgroup]);
+  /// Waits for all but kLater groups, and frees a part of `block` that was read before them.
+  template <int kLater>
+  __device__ void free_part(uint32_t block, uint32_t part) {
     cute::warpgroup_wait<kLater>();
-    if (free) warp_arrive(&shared.key_empty[block % kStages][kMathWarpgroups + warpgroup]);
+    warp_arrive(&shared.key_empty[block % kStages][part]);
+  }
+
+  /// Waits for the values of `block`, and frees the parts read unless it is the last block, whose place the output takes.
+  template <class Values>
+  __device__ void end_values(uint32_t block, uint32_t end, Values& values) {
+    if (block + 1 < end) {
+      free_part<1>(block, warpgroup);
+      free_part<0>(block, kMathWarpgroups + warpgroup);
+    }
+    cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(values);
   }
 
@@ -241,7 +249,7 @@ struct Math {
     softmax(scores, block, pairs, values);
     publish(pairs);
     start_values<OwnValueMma>(fragment, block, values);
-    end_values<0>(block, values, block + 1 < end);
+    end_values(block, end, values);
   }
 
   /// Starts the values of a block that the other warpgroup scored.
@@ -269,8 +277,11 @@ struct Math {
       start_scores<0, kEarlyParts>(scores, block + 1);
       while (true) {
         start_other_block(block, values);
-        start_scores<kEarlyParts, kParts>(scores, block + 1);
-        end_values<1>(block, values, true);
+        free_part<1>(block, warpgroup);  // as early as the products go: to issue more takes as long as theirs
+        start_scores<kEarlyParts, kMiddlePart>(scores, block + 1);
+        free_part<1>(block, kMathWarpgroups + warpgroup);
+        start_scores<kMiddlePart, kParts>(scores, block + 1);
+        cute::warpgroup_fence_operand(values);
         cuda::sync_threads<128>(kBarrierOfWarpgroup + warpgroup);  // no warp's products read the probabilities any more
         own_block(block + 1, end, scores, values);
         block += 2;
@@ -280,7 +291,7 @@ struct Math {
     }
     if (block < end) {
       start_other_block(block, values);
-      end_values<0>(block, values, false);
+      end_values(block, end, values);
     }
   }
 };

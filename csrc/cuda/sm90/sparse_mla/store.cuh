@@ -1,8 +1,7 @@
-// The end of a token whose keys were not split: normalise, sink, lse; and the output, through shared memory of this
-// warpgroup's own, while the next token's queries and keys are on their way.
+// The end of a token whose keys were not split: normalise, sink, lse; and the output, through shared memory so that rows
+// are stored whole, while the next token's queries and keys are on their way.
 #pragma once
 
-#include "csrc/cuda/common/tma.cuh"
 #include "csrc/cuda/sm90/sparse_mla/finish.cuh"
 
 namespace indexcache::sm90::attention {
@@ -16,8 +15,8 @@ inline __device__ void store_zeros(const SparseMlaParams& p, const Work& work) {
 /// The math warpgroups, after run() up to `end`. The output takes the place of the last key block, this warpgroup's dims
 /// of which nobody else reads.
 template <class T, class Values>
-__device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const CUtensorMap* outputs, const Work& work,
-                            bool empty, uint32_t end, const Values& values) {
+__device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const Work& work, bool empty,
+                            uint32_t end, const Values& values) {
   Shared<T>& shared = math.shared;
   const int first = first_row(), lane = cuda::lane_id();
 #pragma unroll
@@ -54,16 +53,16 @@ __device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const CUten
       store_matrices(to, i, pair(unit, 0), pair(unit, 1), pair(unit + 1, 0), pair(unit + 1, 1));
     }
   }
-  cuda::fence_async_proxy();
   cuda::sync_threads<128>(kBarrierOfWarpgroup + math.warpgroup);
-  if (threadIdx.x % 128 != 0) return;
-  for (int chunk = 0; chunk < kOwnChunks; ++chunk) {
-    cuda::store_tile(outputs, math.warpgroup * kHalfDims + chunk * kChunkDims, work.first_head, static_cast<int>(work.token),
-                     chunks + chunk * kChunkElements);
+  static_assert(kHalfDims / 8 == cuda::kWarpSize);
+  const int column = math.warpgroup * kHalfDims + lane * 8;
+#pragma unroll 4
+  for (int row = threadIdx.x % 128 / 32; row < work.heads; row += 4) {
+    const auto x = *reinterpret_cast<const uint4*>(chunks + unit_offset(lane / 8, row, lane % 8));
+    store_row(shared, p, work, row, column, x);
   }
-  cuda::commit_stores();
-  cuda::wait_for_store_reads();
-  for (int part = math.warpgroup; part < kParts; part += kMathWarpgroups) cuda::arrive(&shared.key_empty[stage][part], 4);
+  warp_arrive(&shared.key_empty[stage][math.warpgroup]);
+  warp_arrive(&shared.key_empty[stage][kMathWarpgroups + math.warpgroup]);
 }
 
 }  // namespace indexcache::sm90::attention
