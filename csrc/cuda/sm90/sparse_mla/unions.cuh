@@ -18,18 +18,25 @@ inline constexpr int kMaxWindows = 4;
 /// Of a list, per lane. A sorted list would send the atomics of lanes with neighbouring entries to one word.
 inline constexpr int kLaneEntries = 16;
 
+/// Words of the bitmap that a lane has at a time.
+struct alignas(16) Words {
+  uint32_t of[4];
+};
+inline constexpr int kLaneWords = sizeof(Words) / sizeof(uint32_t);
+
 struct UnionCall {
   const int32_t* indices;  // [tokens, k]
   const int32_t* lengths;  // [tokens] or null
   int64_t tokens, k, rows;
-  int words;  // of the bitmap, a multiple of kUnionThreads
+  int words;  // of the bitmap, as many for every thread
   int pitch;  // words that a token has bits in
   Unions to;
 };
 
 constexpr int union_words(int64_t rows) {
   const auto words = static_cast<int>((std::min<int64_t>(rows, kWindowRows) + 31) / 32);
-  return std::max(1, (words + kUnionThreads - 1) / kUnionThreads) * kUnionThreads;
+  constexpr int kStep = kUnionThreads * kLaneWords;
+  return std::max(1, (words + kStep - 1) / kStep) * kStep;
 }
 constexpr int union_pitch(int64_t blocks) { return static_cast<int>(blocks) * (kTileKeys / 32); }
 constexpr int union_shared_bytes(int words, int member_words) { return words * 6 + member_words * 4; }
@@ -93,7 +100,7 @@ inline __device__ Span span_of(const Lists& lists) {
 
 /// A block per group.
 __global__ void __launch_bounds__(kUnionThreads) union_kernel(const __grid_constant__ UnionCall call) {
-  extern __shared__ uint32_t memory[];
+  extern __shared__ __align__(16) uint32_t memory[];
   uint32_t* const bits = memory;
   uint32_t* const members = bits + call.words;  // [group][pitch]
   auto* const ranks = reinterpret_cast<uint16_t*>(members + call.pitch * call.to.group);  // rows before each word's
@@ -115,7 +122,7 @@ __global__ void __launch_bounds__(kUnionThreads) union_kernel(const __grid_const
   bool apart = span.windows > kMaxWindows, repeated = false;
   for (int window = 0; window < span.windows && !apart; ++window) {
     const int base = span.first + window * kWindowRows;
-    for (int i = threadIdx.x; i < call.words; i += kUnionThreads) bits[i] = 0;
+    for (int i = threadIdx.x; i < call.words / kLaneWords; i += kUnionThreads) reinterpret_cast<Words*>(bits)[i] = {};
     __syncthreads();
     lists.for_each([&](int, int row) {
       const uint32_t bit = row - base;
@@ -123,21 +130,31 @@ __global__ void __launch_bounds__(kUnionThreads) union_kernel(const __grid_const
     });
     __syncthreads();
 
-    // A warp has neighbouring words, a lane every 32nd of them: neighbouring lanes store neighbouring keys.
-    const int warp_words = call.words / kUnionWarps, begin = cuda::warp_id() * warp_words + cuda::lane_id();
-    int count = 0;
-    for (int i = begin; i < begin + warp_words; i += cuda::kWarpSize) count += __popc(bits[i]);
-    count = __reduce_add_sync(cuda::kFullMask, count);
-    const auto sum = cuda::block_exclusive_sum<kUnionThreads>(cuda::lane_id() == 0 ? count : 0);
+    // A warp has neighbouring words, and its lanes neighbouring ones of them: so the stores of keys are close together.
+    constexpr int kStep = cuda::kWarpSize * kLaneWords;
+    const int warp_words = call.words / kUnionWarps, begin = cuda::warp_id() * warp_words + cuda::lane_id() * kLaneWords;
+    const auto words_at = [&](int i) { return *reinterpret_cast<const Words*>(bits + i); };
+    const auto count = [](const Words& words) {
+      int sum = 0;
+      for (const uint32_t word : words.of) sum += __popc(word);
+      return sum;
+    };
+    int own = 0;
+    for (int i = begin; i < begin + warp_words; i += kStep) own += count(words_at(i));
+    own = __reduce_add_sync(cuda::kFullMask, own);
+    const auto sum = cuda::block_exclusive_sum<kUnionThreads>(cuda::lane_id() == 0 ? own : 0);
     apart = found + static_cast<int>(sum.total) > most;
     if (apart) break;
     int rank = found + __shfl_sync(cuda::kFullMask, static_cast<int>(sum.before), 0);
-    for (int i = begin; i < begin + warp_words; i += cuda::kWarpSize) {
-      const uint32_t word = bits[i];
-      int at = rank + cuda::warp_exclusive_sum(__popc(word));
-      rank += __reduce_add_sync(cuda::kFullMask, __popc(word));
-      ranks[i] = at;
-      for (uint32_t left = word; left != 0; left &= left - 1) keys[at++] = base + i * 32 + __ffs(left) - 1;
+    for (int i = begin; i < begin + warp_words; i += kStep) {
+      const Words words = words_at(i);
+      int at = rank + static_cast<int>(cuda::warp_exclusive_sum(count(words)));
+      rank = __shfl_sync(cuda::kFullMask, at + count(words), cuda::kWarpSize - 1);
+#pragma unroll
+      for (int j = 0; j < kLaneWords; ++j) {
+        ranks[i + j] = at;
+        for (uint32_t left = words.of[j]; left != 0; left &= left - 1) keys[at++] = base + (i + j) * 32 + __ffs(left) - 1;
+      }
     }
     __syncthreads();
     lists.for_each([&](int token, int row) {
