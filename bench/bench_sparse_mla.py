@@ -19,9 +19,10 @@ PREFILL = tuple(
     for heads in (128, 64)
     for keys in (8192, 131_072)
 )
-DECODE = tuple(
+PAGED = tuple(  # decode, and a prefill from the cache
     AttentionCase(tokens=tokens, heads=heads, keys=131_072, k=2048, indices="random", page_size=64, large=True)
-    for heads, tokens in ((128, 256), (64, 128), (64, 8), (64, 1))
+    for heads, batches in ((128, (256, 32, 8, 1)), (64, (4096, 128, 32, 8, 1)), (16, (128,)))
+    for tokens in batches
 )
 # Few heads: lists of which neighbours share nine tenths, or nothing; time against that of 64 heads.
 FEW_HEADS = tuple(
@@ -80,7 +81,7 @@ def bench_sparse_mla(measure, sized, device, case):
     )
 
 
-@pytest.mark.parametrize(("device", "case"), cpu(CPU_DECODE) + gpu(*DECODE))
+@pytest.mark.parametrize(("device", "case"), cpu(CPU_DECODE) + gpu(*PAGED))
 def bench_sparse_mla_paged(measure, sized, device, case):
     attention(
         measure,

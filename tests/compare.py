@@ -171,6 +171,18 @@ def take_rows(arguments: dict, names: str, rows: slice | Tensor) -> dict:
     return {name: x[rows] if name in names.split() and x is not None else x for name, x in arguments.items()}
 
 
+def assert_rows_do_not_mix(op: str, arguments: dict, names: str, expected: Tensor | tuple[Tensor, ...]) -> None:
+    """A row has the same bits in the batch reversed and shuffled, and in a batch of nothing but that row."""
+    rows = len(results(expected)[0])
+    device = results(expected)[0].device
+    orders = [torch.arange(rows - 1, -1, -1, device=device), torch.randperm(rows, device=device)]
+    orders += [torch.full((rows,), row, device=device) for row in {0, rows // 2, rows - 1}]
+    for order in orders:
+        returned = getattr(torch.ops.indexcache, op)(**take_rows(arguments, names, order))
+        for actual, whole in zip(results(returned), results(expected)):
+            assert_same_bits(actual, whole[order])
+
+
 def assert_rows_stand_alone(op: str, arguments: dict, names: str, expected: Tensor | tuple[Tensor, ...]) -> None:
     """A row has the same bits alone, in a part of the batch, and in the batch reversed."""
     rows = len(results(expected)[0])
