@@ -55,7 +55,7 @@ struct CacheSource {  // 656-byte rows, dequantised in registers
 
 // Few heads: the 64 rows of a tile are the heads of a group of neighbouring tokens, over the union of their lists.
 // unions.cuh builds the unions, in a kernel of its own; a group whose lists have too little in common goes token by token.
-inline constexpr int64_t kMaxGroup = 8;              // tokens
+inline constexpr int kMaxGroup = 8;                  // tokens
 inline constexpr int64_t kMinGroupedTokens = 512;    // of a call: fewer leave multiprocessors idle
 inline constexpr int64_t kMaxGroupEntries = 1 << 15;  // of its lists: so much fits into shared memory
 inline constexpr int64_t kMaxUnionBytes = int64_t{64} << 20;  // of a call's scratch: longer calls go in chunks
@@ -63,8 +63,11 @@ inline constexpr int64_t kMaxUnionBytes = int64_t{64} << 20;  // of a call's scr
 /// Tokens that share a tile, 1: none do. It depends on the shape of the call only.
 constexpr int group_tokens(int64_t tokens, int64_t heads, int64_t k) {
   if (tokens < kMinGroupedTokens) return 1;
-  return static_cast<int>(std::max<int64_t>(
-      1, std::min({kMaxGroup, kTileHeads / heads, kMaxGroupEntries / std::max<int64_t>(k, 1)})));
+  const int64_t most = std::min(kTileHeads / heads, kMaxGroupEntries / std::max<int64_t>(k, 1));
+  for (const int group : {8, 4, 3, 2}) {
+    if (group <= most) return group;
+  }
+  return 1;
 }
 
 /// A larger union is not worth it: the tokens together list `entries`.

@@ -1,25 +1,16 @@
-#include "csrc/cuda/sm90/sparse_mla/unions.cuh"
-
-#include "csrc/cuda/common/launch.cuh"
+// From a call to the kernel of its group size.
+#include "csrc/cuda/sm90/sparse_mla/unions_launch.cuh"
 
 namespace indexcache::sm90::attention {
 
 void build_unions(const char* op, const SparseMlaParams& p, const Unions& to, CUstream_st* stream) {
-  const UnionCall call{.indices = p.indices,
-                       .lengths = p.lengths,
-                       .tokens = p.tokens,
-                       .k = p.k,
-                       .rows = p.keys,
-                       .words = union_words(p.keys),
-                       .pitch = union_pitch(to.blocks),
-                       .to = to};
   cuda::check(op, cudaMemsetAsync(to.counts, 0, 2 * sizeof(uint32_t), stream));
-  cuda::launch<union_kernel>(op,
-                             {.blocks = cuda::ceil_div(p.tokens, to.group),
-                              .threads = kUnionThreads,
-                              .shared_bytes = union_shared_bytes(call.words, call.pitch * to.group),
-                              .most_shared_bytes = kMostUnionShared},
-                             stream, call);
+  switch (to.group) {
+    case 2: return launch_unions<2>(op, p, to, stream);
+    case 3: return launch_unions<3>(op, p, to, stream);
+    case 4: return launch_unions<4>(op, p, to, stream);
+    default: return launch_unions<8>(op, p, to, stream);
+  }
 }
 
 }  // namespace indexcache::sm90::attention
