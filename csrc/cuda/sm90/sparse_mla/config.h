@@ -42,15 +42,16 @@ inline constexpr int kStartRegisters = 168;
 struct DenseSource {  // bf16 rows, copied by cp.async
   static constexpr int kProducerRegisters = 72;
   static constexpr int kMathRegisters = 216;
-#ifndef EARLY
-#define EARLY 2
-#endif
-  static constexpr int kEarlyParts = EARLY;  // are scored before the values of the block before, the others after them
+  static constexpr int kEarlyParts = 2;  // are scored before the values of the block before, the others after them
+  /// Whether readers fence the producer's writes from the tensor cores. After cp.async CUTLASS does not in its main loops
+  /// either: the barrier that counts the copies orders them.
+  static constexpr bool kReadersFence = false;
 };
 struct CacheSource {  // 656-byte rows, dequantised in registers
   static constexpr int kProducerRegisters = 104;
   static constexpr int kMathRegisters = 200;
   static constexpr int kEarlyParts = 0;
+  static constexpr bool kReadersFence = true;
 };
 
 // Few heads: the 64 rows of a tile are the heads of a group of neighbouring tokens, over the union of their lists.

@@ -82,7 +82,7 @@ struct Math {
     if constexpr (kFirst == kEnd) return;
     cute::for_each(cute::make_range<kFirst, kEnd>{}, [&](auto part) {
       cuda::wait(&shared.key_full[block % kStages][part], block / kStages & 1);
-      cuda::fence_async_proxy();  // the copies were ordinary writes
+      if constexpr (T::Source::kReadersFence) cuda::fence_async_proxy();
       issue_scores<part>(scores, block);
     });
     cute::warpgroup_commit_batch();
@@ -195,7 +195,6 @@ struct Math {
   template <class Values>
   __device__ void follow(uint32_t block, Values& values) {
     cuda::wait(&shared.probabilities_full[block % kMathWarpgroups], block / kMathWarpgroups & 1);
-    cuda::fence_async_proxy();
     const float top[kRows] = {shared.max[first_row()], shared.max[first_row() + 8]};
     if (__any_sync(cuda::kFullMask, top[0] != max[0] || top[1] != max[1])) rise_to(top, values);
   }
