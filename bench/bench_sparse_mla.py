@@ -19,6 +19,9 @@ PREFILL = tuple(
     for heads in (128, 64)
     for keys in (8192, 131_072)
 )
+ASCENDING = tuple(  # as top-k lists them: all blocks walk through the rows together
+    AttentionCase(tokens=4096, heads=heads, keys=131_072, k=2048, indices="ascending", large=True) for heads in (128, 64)
+)
 PAGED = tuple(  # decode, and a prefill from the cache
     AttentionCase(tokens=tokens, heads=heads, keys=131_072, k=2048, indices="random", page_size=64, large=True)
     for heads, batches in ((128, (256, 32, 8, 1)), (64, (4096, 128, 32, 8, 1)), (16, (128,)))
@@ -65,7 +68,7 @@ def attention(measure, device, case, *, op, oracle, baseline, row_bytes, mark=No
     )
 
 
-@pytest.mark.parametrize(("device", "case"), cpu(*MARKS) + gpu(*PREFILL))
+@pytest.mark.parametrize(("device", "case"), cpu(*MARKS) + gpu(*PREFILL, *ASCENDING))
 def bench_sparse_mla(measure, sized, device, case):
     attention(
         measure,

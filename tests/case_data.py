@@ -226,7 +226,7 @@ def attention_indices(kind: str, tokens: int, k: int, keys: int, data: Data) -> 
         return data.choice([INT_MIN, INT_MIN + 1, -1, 0, keys - 1, keys, INT_MAX - 1, INT_MAX], tokens, k).int()
     if kind == "none":
         return torch.full_like(entries, -1)
-    if kind in ("distinct", "neighbours", "same"):
+    if kind in ("distinct", "ascending", "neighbours", "same"):
         return distinct_indices(kind, tokens, k, keys, data)
     if kind == "apart":  # eight neighbouring rows have nothing in common, if there are 8 k keys
         row, column = torch.arange(tokens, device=data.device)[:, None], torch.arange(k, device=data.device)
@@ -240,12 +240,12 @@ def distinct_indices(kind: str, tokens: int, k: int, keys: int, data: Data) -> T
     entries = data.integers(0, max(1, keys // max(1, k)), tokens, k) * k + column
     if kind == "distinct":  # in random order
         return entries.gather(1, data.uniform(0, 1, tokens, k).argsort(1)).int()
-    new = data.uniform(0, 1, tokens, k) < 0.1  # a row keeps nine tenths of its predecessor's entries
-    since = torch.where(new & (kind == "neighbours"), row, 0).cummax(0).values
+    share = {"ascending": 1.0, "neighbours": 0.1, "same": 0.0}[kind]  # of entries that the row before does not list
+    since = torch.where(data.uniform(0, 1, tokens, k) < share, row, 0).cummax(0).values
     return entries.gather(0, since).sort(1).values.int()
 
 
 INDICES = (
-    "random", "prefix", "sprinkled", "duplicates", "one_row", "invalid", "extreme", "none", "distinct", "neighbours",
-    "same", "apart",
+    "random", "prefix", "sprinkled", "duplicates", "one_row", "invalid", "extreme", "none", "distinct", "ascending",
+    "neighbours", "same", "apart",
 )  # fmt: skip
