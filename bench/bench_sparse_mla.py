@@ -20,7 +20,8 @@ PREFILL = tuple(
     for keys in (8192, 131_072)
 )
 ASCENDING = tuple(  # as top-k lists them: all blocks walk through the rows together
-    AttentionCase(tokens=4096, heads=heads, keys=131_072, k=2048, indices="ascending", large=True) for heads in (128, 64)
+    AttentionCase(tokens=4096, heads=heads, keys=131_072, k=2048, indices="ascending", large=True)
+    for heads in (128, 64)
 )
 PAGED = tuple(  # decode, and a prefill from the cache
     AttentionCase(tokens=tokens, heads=heads, keys=131_072, k=2048, indices="random", page_size=64, large=True)

@@ -62,7 +62,7 @@ def test_list_lengths(k: int) -> None:
 
 @pytest.mark.parametrize(("heads", "keys"), [(8, 1), (8, 31), (8, 400_000), (8, 2_500_000), (32, 600_000)])
 def test_windows_of_rows(heads: int, keys: int) -> None:
-    """The builder's bitmaps cover 131,072 rows of 8 tokens; groups spread over more than 16 windows go token by token."""
+    """The bitmaps of 8 tokens cover 131,072 rows; groups spread over more than 16 windows go token by token."""
     check(case(heads=heads, keys=keys, k=min(keys, 300), indices="neighbours"))
 
 
