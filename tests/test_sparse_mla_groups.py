@@ -7,14 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from case_types import AttentionCase
-from compare import assert_out_variant, assert_repeats, assert_same_bits, run, squared_difference
+from compare import assert_out_variant, assert_repeats, assert_same_bits, run, squared_difference, take_rows
 from test_sparse_mla import check_values
 
 from indexcache_ext import reference
 
 TOKENS = 533  # enough for groups, the last of which is not full; and without one of them
 KINDS = ("neighbours", "distinct", "same", "apart", "duplicates", "sprinkled", "invalid", "none")
-PAGED = {"page_size": 64}
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs the sm90 backend"
@@ -30,29 +29,18 @@ def case(**options: object) -> AttentionCase:
     return AttentionCase(**{"tokens": TOKENS, "keys": 4096, "k": 200, "large": True} | options)
 
 
-def op_of(case: AttentionCase) -> tuple[str, str]:
-    """The op and its argument with the lists."""
-    return ("sparse_mla_paged", "slots") if case.page_size else ("sparse_mla", "indices")
-
-
 def group_of(case: AttentionCase) -> int:
     return next(n for n in (8, 4, 3, 2) if n <= 64 // case.heads)
 
 
 def check(case: AttentionCase) -> None:
-    check_values(op_of(case)[0], case, "cuda")
+    check_values("sparse_mla", case, "cuda")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [1, 8, 16, 20, 32])
 def test_values(heads: int, kind: str) -> None:
     check(case(heads=heads, indices=kind))
-
-
-@pytest.mark.parametrize("kind", ["neighbours", "distinct", "sprinkled"])
-@pytest.mark.parametrize("heads", [8, 20, 32])
-def test_values_from_the_cache(heads: int, kind: str) -> None:
-    check(case(heads=heads, indices=kind, **PAGED))
 
 
 @pytest.mark.parametrize("k", [0, 1, 63, 64, 2048, 2051, 5000])
@@ -80,23 +68,21 @@ def test_longer_calls_go_in_chunks() -> None:
 
 
 @pytest.mark.parametrize("kind", ["neighbours", "distinct", "duplicates"])
-@pytest.mark.parametrize("options", [{}, PAGED])
 @pytest.mark.parametrize("heads", [8, 20])
-def test_rows_have_the_same_bits_whatever_the_other_groups_are(heads: int, options: dict, kind: str) -> None:
-    few = case(heads=heads, indices=kind, sink="randn", **options)
-    op, lists = op_of(few)
+def test_rows_have_the_same_bits_whatever_the_other_groups_are(heads: int, kind: str) -> None:
+    few = case(heads=heads, indices=kind, sink="randn")
     arguments = few.make("cuda")
-    expected = run(op, arguments)
-    assert_repeats(op, arguments, expected, times=20)
-    assert_out_variant(op, arguments, expected)
+    expected = run("sparse_mla", arguments)
+    assert_repeats("sparse_mla", arguments, expected, times=20)
+    assert_out_variant("sparse_mla", arguments, expected)
     n = group_of(few)
-    own = slice(5 * n, 6 * n)
-    changed = arguments | {name: arguments[name].roll(3 * n + 1, 0).contiguous() for name in ("q", lists)}
-    for name in ("q", lists):
+    own, per_token = slice(5 * n, 6 * n), ("q", "indices")
+    changed = arguments | {name: arguments[name].roll(3 * n + 1, 0).contiguous() for name in per_token}
+    for name in per_token:
         changed[name][own] = arguments[name][own]
-    for actual, before in zip(run(op, changed), expected):
+    for actual, before in zip(run("sparse_mla", changed), expected):
         assert_same_bits(actual[own], before[own])
-    for actual, before in zip(run(op, arguments | {x: arguments[x][n:] for x in ("q", lists)}), expected):
+    for actual, before in zip(run("sparse_mla", take_rows(arguments, "q indices", slice(n, None))), expected):
         assert_same_bits(actual, before[n:])
 
 
@@ -108,7 +94,7 @@ def test_groups_and_single_tokens_differ_by_rounding(heads: int, kind: str) -> N
     arguments = few.make("cuda")
     out, lse = run("sparse_mla", arguments)
     some = slice(0, 300)
-    alone, lse_alone = run("sparse_mla", arguments | {name: arguments[name][some] for name in ("q", "indices")})
+    alone, lse_alone = run("sparse_mla", take_rows(arguments, "q indices", some))
     assert squared_difference(out[some], alone) < 7e-6
     torch.testing.assert_close(lse[some], lse_alone, rtol=2 / 65536, atol=1e-5)
 
@@ -119,6 +105,6 @@ def test_a_repeated_entry_counts_twice_among_neighbours() -> None:
     arguments["indices"][11, 7] = arguments["indices"][11, 3]
     out, lse = run("sparse_mla", arguments)
     some = slice(8, 16)
-    expected = reference.sparse_mla(**arguments | {name: arguments[name][some] for name in ("q", "indices")})
+    expected = reference.sparse_mla(**take_rows(arguments, "q indices", some))
     assert squared_difference(out[some], expected[0]) < 7e-6
     torch.testing.assert_close(lse[some].double(), expected[1], rtol=2 / 65536, atol=1e-5)

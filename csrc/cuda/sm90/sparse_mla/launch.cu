@@ -41,12 +41,14 @@ Call call_of(const SparseMlaParams& p) {
 }
 
 template <bool kGrouped>
-void launch_tile(const Call& call, Stream stream) {
+void launch_dense(const Call& call, Stream stream) {
   const char* const op = op_of(call.p);
-  if (call.p.cache.data != nullptr) return launch<Tile<CacheSource, 576, kGrouped>>(op, call, stream);
   if (call.p.d_qk == 576) return launch<Tile<DenseSource, 576, kGrouped>>(op, call, stream);
   launch<Tile<DenseSource, 512, kGrouped>>(op, call, stream);
 }
+
+/// Tokens of a group, 1: the call has none. The cache's producer knows no unions.
+int group_of(const SparseMlaParams& p) { return p.cache.data != nullptr ? 1 : group_tokens(p.tokens, p.heads, p.k); }
 
 SparseMlaParams tokens_of(SparseMlaParams p, int64_t first, int64_t tokens) {
   p.q = static_cast<const uint16_t*>(p.q) + first * p.q_token_stride;
@@ -68,7 +70,7 @@ void launch_grouped(const SparseMlaParams& p, int group, Stream stream) {
     call.group_queries = query_map(part, p.heads, group);
     call.unions = unions_at(p.scratch, union_size(part.tokens, p.k, group), group);
     build_unions(op_of(p), part, call.unions, stream);
-    launch_tile<true>(call, stream);
+    launch_dense<true>(call, stream);
   }
 }
 
@@ -76,16 +78,17 @@ void launch_grouped(const SparseMlaParams& p, int group, Stream stream) {
 
 int64_t sparse_mla_scratch(const SparseMlaParams& p) {
   if (p.tokens == 0 || p.heads == 0 || !fits(p)) return 0;
-  const int group = group_tokens(p.tokens, p.heads, p.k);
+  const int group = group_of(p);
   return group > 1 ? union_chunk(p.tokens, p.k, group).bytes : 0;
 }
 
 void sparse_mla(const SparseMlaParams& p, Stream stream) {
   if (p.tokens == 0 || p.heads == 0) return;
   if (!fits(p)) return generic::sparse_mla(p, stream);
-  const int group = group_tokens(p.tokens, p.heads, p.k);
-  if (group > 1) return launch_grouped(p, group, stream);
-  launch_tile<false>(call_of(p), stream);
+  if (const int group = group_of(p); group > 1) return launch_grouped(p, group, stream);
+  const Call call = call_of(p);
+  if (p.cache.data != nullptr) return launch<Tile<CacheSource, 576>>(op_of(p), call, stream);
+  launch_dense<false>(call, stream);
 }
 
 }  // namespace indexcache::sm90
