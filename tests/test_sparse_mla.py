@@ -84,15 +84,20 @@ def small(device: str, **options: object) -> dict:
     return AttentionCase(tokens=6, keys=128, k=40, dtype=torch.float32, **options).make(device)
 
 
-def test_paged_attention_is_the_dense_one_on_the_dequantised_rows(device: str) -> None:
-    """float32 holds a dequantised value to its last bit, so the two ops differ by rounding only."""
-    arguments = small(device, page_size=64, indices="random")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_paged_attention_is_the_dense_one_on_the_gathered_rows(
+    device: str, tokens: int, dtype: torch.dtype
+) -> None:
+    """A cache row is the bf16 row that gather_latent_kv returns, so the bits are the same."""
+    case = AttentionCase(tokens=tokens, heads=20, keys=640, k=259, page_size=64, indices="invalid", dtype=dtype)
+    arguments = case.make(device)
     cache, slots = arguments["kv_cache"], arguments["slots"]
-    rows = reference.gather_latent_kv(cache, torch.arange(128, dtype=torch.int32, device=device)).float()
+    rows = ops.gather_latent_kv(cache, torch.arange(640, dtype=torch.int32, device=device)).to(dtype)
     paged = ops.sparse_mla_paged(**arguments)
     dense = ops.sparse_mla(arguments["q"], rows, slots, arguments["sm_scale"])
-    for actual, expected in zip(paged, dense):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(paged, dense, strict=True):
+        assert_same_bits(actual, expected)
 
 
 def test_entries_that_name_no_token_change_nothing(device: str) -> None:

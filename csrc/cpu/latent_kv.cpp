@@ -1,4 +1,6 @@
 // Writing and reading rows of the paged latent cache.
+#include <algorithm>
+
 #include "csrc/common/numeric.h"
 #include "csrc/common/paged.h"
 #include "csrc/cpu/cpu.h"
@@ -28,9 +30,11 @@ void gather_latent_kv(const GatherLatentKvParams& p, Context& ctx) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t slot = p.slots[row];
       uint16_t* out = p.kv + row * kLatentRow;
-      float values[kLatentRow] = {};
-      if (holds(p.cache, slot)) decode_latent_row(row_of(p.cache, slot, kLatentBytes), values);
-      for (int64_t i = 0; i < kLatentRow; ++i) out[i] = float_to_bf16(values[i]);
+      if (holds(p.cache, slot)) {
+        decode_latent_row(row_of(p.cache, slot, kLatentBytes), out);
+      } else {
+        std::fill_n(out, kLatentRow, uint16_t{0});
+      }
     }
   });
 }

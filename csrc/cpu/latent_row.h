@@ -11,18 +11,18 @@ inline constexpr int64_t kLatentRow = kLatentDim + kRopeDim;  // values
 inline constexpr int64_t kScaleOffset = kLatentDim;           // bytes into a row
 inline constexpr int64_t kRopeOffset = kScaleOffset + kLatentDim / kLatentScaleGroup * 4;
 
-/// Values [576], exact but for the rounding of one f32 product.
-static inline void decode_latent_row(const uint8_t* row, float* out) {
+/// Values [576] as bf16: an f32 product, rounded. The row is these values for all who read it.
+static inline void decode_latent_row(const uint8_t* row, uint16_t* out) {
   for (int64_t first = 0; first < kLatentDim; first += kLatentScaleGroup) {
     float scale;
     std::memcpy(&scale, row + kScaleOffset + first / kLatentScaleGroup * 4, sizeof scale);
     for (int64_t i = first; i < first + kLatentScaleGroup; ++i) {
-      out[i] = e4m3_to_float(row[i]) * scale;
+      out[i] = float_to_bf16(e4m3_to_float(row[i]) * scale);
     }
   }
   uint16_t rope[kRopeDim];
   std::memcpy(rope, row + kRopeOffset, sizeof rope);
-  for (int64_t i = 0; i < kRopeDim; ++i) out[kLatentDim + i] = bf16_to_float(rope[i]);
+  for (int64_t i = 0; i < kRopeDim; ++i) out[kLatentDim + i] = float_to_bf16(bf16_to_float(rope[i]));
 }
 
 /// From f32 [576]. A group with a NaN or an infinity gets NaN bytes and a NaN scale.

@@ -115,7 +115,8 @@ struct AttentionOut {
 Pair sparse_mla(Context& ctx, const TensorView& q, const TensorView& kv, const TensorView& indices, double sm_scale,
                 int64_t d_v, const MaybeView& sink, const MaybeView& lengths, const AttentionOut& out = {});
 
-/// The same from kv_cache u8 [pages, page_size, 656]: d_qk = 576, d_v = 512, slots i32 [T,K].
+/// The same over the bf16 rows that gather_latent_kv makes of kv_cache u8 [pages, page_size, 656], by slots i32 [T,K]:
+/// d_qk = 576, d_v = 512.
 Pair sparse_mla_paged(Context& ctx, const TensorView& q, const TensorView& kv_cache, const TensorView& slots,
                       double sm_scale, const MaybeView& sink, const MaybeView& lengths, const AttentionOut& out = {});
 

@@ -347,7 +347,9 @@ def sparse_mla_paged(
     q: Tensor, kv_cache: Tensor, slots: Tensor, sm_scale: float, sink: Tensor | None = None,
     lengths: Tensor | None = None, *, out: Tensor | None = None, lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`sparse_mla` over the 656-byte cache: d_qk = 576, d_v = 512, prefill and decode alike.
+    """:func:`sparse_mla` over the bf16 rows that :func:`gather_latent_kv` makes of the 656-byte cache.
+
+    d_qk = 576, d_v = 512; prefill and decode alike.
 
     Args:
         q: bf16 or f32 [T, h, 576].

@@ -337,7 +337,7 @@ def sparse_mla_paged(
     kv_cache: Tensor,
     slots: Tensor, sm_scale: float, sink: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``sparse_mla`` of q [T, h, 576] over ``slots`` int32 [T, K] of the 656-byte cache, dequantised exactly."""
+    """``sparse_mla`` of q [T, h, 576] over ``slots`` int32 [T, K] of the 656-byte cache, dequantised to bf16."""
 
     keys = kv_cache.size(0) * kv_cache.size(1)
     return attend(q, cached_rows(kv_cache), keys, slots, sm_scale, LATENT, sink, lengths)
@@ -357,10 +357,11 @@ def dense_rows(kv: Tensor) -> Rows:
 
 
 def cached_rows(kv_cache: Tensor) -> Rows:
-    """Looks rows up in the 656-byte cache."""
+    """Looks rows up in the 656-byte cache: a row is its bf16 dequantisation, an f32 product rounded."""
 
     def fetch(entries: Tensor) -> Tensor:
-        return gather_latent_kv(kv_cache, entries.flatten()).view(*entries.shape, LATENT + ROPE)
+        rows = gather_latent_kv(kv_cache, entries.flatten()).float().bfloat16().double()
+        return rows.view(*entries.shape, LATENT + ROPE)
 
     return fetch
 

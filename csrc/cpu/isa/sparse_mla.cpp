@@ -117,7 +117,9 @@ void load_keys(const SparseMlaParams& p, const int32_t* rows, int64_t keys, cons
   for (int64_t key = 0; key < keys; ++key) {
     float* row = b.tile + key * b.tile_row;
     if (p.kv == nullptr) {
-      decode_latent_row(row_of(p.cache, rows[key], kLatentBytes), row);
+      uint16_t values[kLatentRow];
+      decode_latent_row(row_of(p.cache, rows[key], kLatentBytes), values);
+      load_row(values, DType::bf16, 0, kLatentRow, row);
     } else {
       load_row(p.kv, p.dtype, rows[key] * p.kv_stride, p.d_qk, row);
     }
@@ -129,13 +131,19 @@ void load_keys(const SparseMlaParams& p, const int32_t* rows, int64_t keys, cons
 void pack(const SparseMlaParams&, int64_t, const Buffers<FloatProduct>&) {}
 
 #if defined(__AVX512BF16__)
-/// At the rows themselves, or at copies where the last value needs a partner.
+/// At the rows themselves, or at copies where they come from the cache or the last value needs a partner.
 void load_keys(const SparseMlaParams& p, const int32_t* rows, int64_t keys, const Buffers<PairProduct>& b) {
   for (int64_t key = 0; key < keys; ++key) {
-    const uint16_t* row = static_cast<const uint16_t*>(p.kv) + rows[key] * p.kv_stride;
     uint32_t* copy = b.tile + key * b.tile_row;
-    if (p.d_qk % 2 != 0) load_row(row, p.dtype, 0, p.d_qk, copy);
-    b.keys[key] = p.d_qk % 2 != 0 ? reinterpret_cast<const char*>(copy) : reinterpret_cast<const char*>(row);
+    const void* row = copy;
+    if (p.kv == nullptr) {
+      decode_latent_row(row_of(p.cache, rows[key], kLatentBytes), reinterpret_cast<uint16_t*>(copy));
+    } else if (p.d_qk % 2 != 0) {
+      load_row(p.kv, p.dtype, rows[key] * p.kv_stride, p.d_qk, copy);
+    } else {
+      row = static_cast<const uint16_t*>(p.kv) + rows[key] * p.kv_stride;
+    }
+    b.keys[key] = static_cast<const char*>(row);
   }
 }
 
@@ -247,8 +255,7 @@ void attend(const SparseMlaParams& p, const SparseMlaTask& task) {
 }
 
 #if defined(__AVX512BF16__)
-/// Cached rows are e4m3 times f32: bf16 would round them, and the scores with them.
-bool multiplies_pairs(const SparseMlaParams& p) { return p.dtype == DType::bf16 && p.kv != nullptr; }
+bool multiplies_pairs(const SparseMlaParams& p) { return p.dtype == DType::bf16; }
 #endif
 
 }  // namespace

@@ -15,10 +15,11 @@ __device__ inline float latent_scale(const uint8_t* row, int d) {
   return group < kLatentGroups ? load_float(row + kLatentScaleOffset + group * static_cast<int>(sizeof(float))) : 1.0f;
 }
 
-/// Dequantised entry `d`, whose scale the caller has.
+/// Dequantised entry `d`, whose scale the caller has: bf16, as in gather_latent_kv.
 __device__ inline float latent_element(const uint8_t* row, int d, float scale) {
   const int rope = d - static_cast<int>(kLatentDim);
-  return rope < 0 ? e4m3_to_float(row[d]) * scale : to_float(load_bf16(row + kLatentRopeOffset + 2 * rope));
+  return to_float(rope < 0 ? float_to_bf16(e4m3_to_float(row[d]) * scale)
+                           : load_bf16(row + kLatentRopeOffset + 2 * rope));
 }
 
 }  // namespace indexcache::cuda

@@ -1,14 +1,22 @@
-// The producer for rows of the 656-byte cache: dequantises them in registers.
+// The producers for rows of the 656-byte cache: dequantise them in registers.
+//
+// Two warpgroups, each with the value dims of one of the math warpgroups: two parts of a key block, in turn. A warp holds
+// the bytes of one part and loads the next as it stores them. More would not help: ptxas tells the loads of a warp apart
+// within a basic block only, so all that are in flight over a wait for a barrier arrive for the warp as one.
 #pragma once
 
+#include "csrc/cuda/common/async_copy.cuh"
 #include "csrc/cuda/common/latent_row.cuh"
 #include "csrc/cuda/common/mbarrier.cuh"
 #include "csrc/cuda/sm90/sparse_mla/gather.cuh"
 
 namespace indexcache::sm90::attention {
 
-/// Arrivals that fill a key block: of warps.
-constexpr int full_arrivals(CacheSource, int) { return 4; }
+/// Arrivals that fill a part of a key block: of four warps, and with the last a copy group per thread, of rope dims.
+constexpr int full_arrivals(CacheSource, int part) { return part == kParts - 1 ? 4 + 128 : 4; }
+
+/// The row of a key that names none.
+static __device__ const uint4 kZeroRow[kLatentBytes / sizeof(uint4)] = {};
 
 /// Eight e4m3 times a scale, rounded once, as gather_latent_kv does.
 __device__ inline uint4 dequantise(uint32_t low, uint32_t high, float scale) {
@@ -20,104 +28,137 @@ __device__ inline uint4 dequantise(uint32_t low, uint32_t high, float scale) {
   return {pair(a.x, a.y), pair(a.z, a.w), pair(b.x, b.y), pair(b.z, b.w)};
 }
 
-/// What a thread holds of a cache row: a quarter of each 64 values and of the rope dims.
-struct RowQuarter {
-  static constexpr int kThreads = 4;  // per row
-  uint4 values[8], rope[2];
-  float4 scales;
-
-  /// `from` null gives zeros.
-  __device__ static uint4 load(const uint8_t* from, int offset) {
-    uint4 x;
-    asm volatile(
-        "{\n  .reg .pred p;\n  setp.ne.u64 p, %4, 0;\n"
-        "  mov.u32 %0, 0;\n  mov.u32 %1, 0;\n  mov.u32 %2, 0;\n  mov.u32 %3, 0;\n"
-        "  @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%5];\n}"
-        : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-        : "l"(from), "l"(from + offset)
-        : "memory");
-    return x;
-  }
-  __device__ void load_value(const uint8_t* from, int i, int part) { values[i] = load(from, (i * kThreads + part) * 16); }
-  __device__ void load_rope(const uint8_t* from, int i, int part) {
-    rope[i] = load(from, cuda::kLatentRopeOffset + (i * kThreads + part) * 16);
-  }
-  __device__ void load_scales(const uint8_t* from) {
-    scales = __builtin_bit_cast(float4, load(from, cuda::kLatentScaleOffset));
-  }
-};
-
-/// Four threads convert a row, 64 bytes at a time, and a warp eight rows, so that its 16-byte stores meet no bank twice.
-/// The warpgroup has half a key block at a time; whatever it has stored makes room for a load of the next half.
-template <class T, class Started>
-__device__ void produce(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list, uint32_t ring,
-                        const Started& started) {
-  constexpr int kHalfKeys = kTileKeys / 2;
-  static_assert(T::kProducerThreads == RowQuarter::kThreads * kHalfKeys);
-  const int thread = threadIdx.x - kMathThreads, part = thread % RowQuarter::kThreads;
-  const int row = thread / RowQuarter::kThreads;
-  const auto page_size = static_cast<uint32_t>(p.cache.page_size);
-  const auto address = [&](int slot) -> const uint8_t* {
-    const auto s = static_cast<uint32_t>(slot);
-    if (slot < 0) return nullptr;
-    return p.cache.data + s / page_size * p.cache.page_stride + s % page_size * kLatentBytes;
-  };
-  const uint8_t* from = address(list.row(row));
-  int next_slot = list.row(kHalfKeys + row);
-  RowQuarter own;
-  own.load_scales(from);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) own.load_value(from, i, part);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) own.load_rope(from, i, part);
-  const int halves = 2 * list.blocks();
-  if (halves == 0) started();
-  for (int half = 0; half < halves; ++half) {
-    const int block = half / 2;
-    const uint32_t stage = (ring + block) % kStages, parity = (ring + block) / kStages & 1;
-    from = address(next_slot);  // an entry behind the list names no row
-    next_slot = list.row((half + 2) * kHalfKeys + row);
-    const float4 scales = own.scales;
-    own.load_scales(from);
-    if (half % 2 == 0) {
-      for (auto& empty : shared.key_empty[stage]) cuda::wait(&empty, parity ^ 1);
-      if (thread < cuda::kWarpSize) store_valid(shared, stage, list, read_marks<T>(list, block));
-    }
-    auto* const to = shared.keys[stage] + half % 2 * kHalfKeys * kChunkDims;  // 32 rows keep the swizzle
-    const auto store = [&](int chunk, int unit, uint4 x) {
-      *reinterpret_cast<uint4*>(to + unit_offset(chunk, row, unit)) = x;
-    };
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float scale = i < 2 ? scales.x : i < 4 ? scales.y : i < 6 ? scales.z : scales.w;
-      const uint4 x = own.values[i];
-      own.load_value(from, i, part);
-      store(i, 2 * part, dequantise(x.x, x.y, scale));
-      store(i, 2 * part + 1, dequantise(x.z, x.w, scale));
-      if (i % 2 == 1) __syncwarp();  // keeps ptxas from moving all loads behind all arithmetic
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      store(T::kChunks - 1, i * RowQuarter::kThreads + part, own.rope[i]);
-      own.load_rope(from, i, part);
-    }
-    if (half % 2 == 1) {
-      cuda::fence_async_proxy();
-      __syncwarp();
-      if (cuda::lane_id() < kParts) cuda::arrive(&shared.key_full[stage][cuda::lane_id()]);
-      if (block == 0) started();
-    }
-  }
-}
-
+/// Each warp has 16 neighbouring keys, and eight lanes a row, so that a load has the 128 bytes of a part in each of four
+/// rows. The lanes of a row are spread so that eight consecutive ones store into different banks.
 template <class T>
 struct Producer<T, CacheSource> {
+  static constexpr int kWarpKeys = kTileKeys / 4, kPassRows = 4, kPasses = kWarpKeys / kPassRows;
+  static constexpr int kTurns = kParts / kMathWarpgroups;  // of a key block
+  static_assert(T::Source::kProducerWarpgroups == kMathWarpgroups && kPartDims == kLatentScaleGroup);
+
   Shared<T>& shared;
   const SparseMlaParams& p;
-  __device__ Producer(Shared<T>& shared, const SparseMlaParams& p, const KeyList&) : shared(shared), p(p) {}
-  template <class Started>
-  __device__ void run(const KeyList& list, const KeyList&, uint32_t ring, const Started& started) {
-    produce(shared, p, list, ring, started);
+  const KeyList& list;
+  const int warpgroup;    // that reads what this one brings
+  const uint8_t* start;   // of the row of the lane's own key, one of 16
+  uint32_t valid;         // a bit per key of the warp
+  int next[2];            // the own key's entries in the next blocks
+  uint4 values[kPasses];  // of other keys
+  float scale;            // of the own key
+
+  __device__ Producer(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list) 
+      : shared(shared), p(p), list(list), warpgroup(__shfl_sync(cuda::kFullMask, cuda::warp_id(), 0) / 4 - kMathWarpgroups) {
+    const int first = entry(0);
+    next[0] = entry(1);
+    next[1] = entry(2);
+    find(first);
+    prefetch(start);
+    load(0);
+    prefetch(row_address(next[0]));
+  }
+
+  // Of a lane, computed wherever they are needed: there are no registers to keep them.
+  __device__ static uint32_t thread() { return opaque(threadIdx.x); }
+  __device__ static int first_key() { return thread() / 32 % 4 * kWarpKeys; }
+  __device__ static int row() { return thread() / 4 % 2 + thread() / 16 % 2 * 2; }      // of a pass
+  __device__ static int unit() { return thread() / 8 % 2 * 4 + thread() % 4; }          // 16 bytes of 128
+  __device__ static int rope_unit() { return unit() ^ row() % 2 * 4; }  // neighbouring rows store different units
+
+  __device__ int entry(int block) const { return list.entry(block * kTileKeys + first_key() + cuda::lane_id() % kWarpKeys); }
+
+  __device__ const uint8_t* row_address(int entry) const {
+    const auto page_size = static_cast<uint32_t>(p.cache.page_size), slot = static_cast<uint32_t>(entry);
+    if (!list.names_row(entry)) return reinterpret_cast<const uint8_t*>(kZeroRow);
+    return p.cache.data + slot / page_size * p.cache.page_stride + slot % page_size * kLatentBytes;
+  }
+  __device__ void find(int entry) {
+    valid = __ballot_sync(cuda::kFullMask, list.names_row(entry));
+    start = row_address(entry);
+  }
+
+  /// The start of the pass's row that this lane copies.
+  __device__ const uint8_t* row_start(int pass) const {
+    const auto bits = __shfl_sync(cuda::kFullMask, reinterpret_cast<uint64_t>(start), pass * kPassRows + row());
+    return reinterpret_cast<const uint8_t*>(bits);
+  }
+
+  __device__ int scale_group(int turn) const { return warpgroup * kTurns + turn; }
+
+  __device__ void load(int turn) {
+    const int group = scale_group(turn);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      values[pass] = __ldg(reinterpret_cast<const uint4*>(row_start(pass) + group * kPartDims + unit() * 16));
+    }
+    scale = __ldg(reinterpret_cast<const float*>(start + cuda::kLatentScaleOffset) + group);
+  }
+
+  /// Brings the rows into L2, where a load then finds them in a third of the time: of six lines of 128 bytes, four come
+  /// from one warpgroup and two from the other.
+  __device__ void prefetch(const uint8_t* own) const {
+    constexpr int kLine = 128;
+    own += warpgroup * 4 * kLine + thread() / kWarpKeys % 2 * kLine;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(own));
+    if (warpgroup == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(own + 2 * kLine));
+  }
+
+  // Shared addresses. A pass is four rows further down, and the swizzle of its 16-byte units differs in one bit.
+
+  /// Of the unit that the lane has in the first row of its keys.
+  __device__ uint32_t address(const uint16_t* chunk, int own_unit) const {
+    return opaque(cuda::shared_address(chunk) + unit_offset(0, first_key() + row(), own_unit) * 2);
+  }
+  __device__ static uint32_t address_in_pass(uint32_t address, int pass) {
+    return (address ^ pass % 2 * (kPassRows * 16)) + pass * (kPassRows * kChunkDims * 2);
+  }
+
+  __device__ void store(const uint16_t* chunks) const {
+    const uint32_t to = address(chunks + unit() / 4 * kChunkElements, unit() % 4 * 2);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const float own = __shfl_sync(cuda::kFullMask, scale, pass * kPassRows + row());
+      const uint4 x = values[pass];
+      store_shared(address_in_pass(to, pass), dequantise(x.x, x.y, own));
+      store_shared(address_in_pass(to ^ 16, pass), dequantise(x.z, x.w, own));
+    }
+  }
+  __device__ static void store_shared(uint32_t to, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+  }
+
+  __device__ void copy_rope(const uint16_t* chunk) const {
+    const uint32_t to = address(chunk, rope_unit());
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      cuda::copy_first_bytes(address_in_pass(to, pass), row_start(pass) + cuda::kLatentRopeOffset + rope_unit() * 16, 16);
+    }
+  }
+
+  /// The blocks of the list; there is none after it.
+  __device__ void run() {
+    const int turns = list.blocks() * kTurns;
+#pragma unroll 1
+    for (int i = 0; i < turns; ++i) {
+      const int block = i / kTurns, turn = i % kTurns, stage = block % kStages, part = turn * kMathWarpgroups + warpgroup;
+      cuda::wait(&shared.key_empty[stage][part], (block / kStages & 1) ^ 1);
+      if (part == 0 && cuda::lane_id() == 0) {
+        reinterpret_cast<uint16_t*>(shared.valid[stage])[first_key() / kWarpKeys] = static_cast<uint16_t>(valid);
+      }
+      if (part == kParts - 1) {
+        copy_rope(shared.keys[stage] + (T::kChunks - 1) * kChunkElements);
+        cuda::arrive_after_copies(&shared.key_full[stage][part]);
+      }
+      store(shared.keys[stage] + scale_group(turn) * (kPartDims / kChunkDims) * kChunkElements);
+      __syncwarp();  // the readers have the fence between these writes and the tensor cores
+      if (cuda::lane_id() == 0) cuda::arrive(&shared.key_full[stage][part]);
+      if (turn + 1 == kTurns) find(next[0]);
+      load((turn + 1) % kTurns);
+      if (turn + 1 == kTurns) {  // the entry is read here lest the warp waits for it alone
+        next[0] = next[1];
+        next[1] = entry(block + 3);
+        prefetch(row_address(next[0]));
+      }
+    }
   }
 };
 

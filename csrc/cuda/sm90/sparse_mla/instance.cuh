@@ -10,11 +10,11 @@ void launch(const char* op, const Call& call, CUstream_st* stream) {
   static_assert(sizeof(Shared<T>) <= 227 << 10);
   const int64_t items = call.p.tokens * call.head_tiles;  // those that are not split go over the multiprocessors in turn
   cuda::launch<kernel<T>>(op,
-                          {.blocks = call.splits > 1 ? items * call.splits : std::min<int64_t>(items, cuda::sm_count()),
+                          {.blocks = call.cut.splits > 1 || !T::Source::kManyTokens ? items * call.cut.splits : std::min<int64_t>(items, cuda::sm_count()),
                            .threads = T::kThreads,
                            .shared_bytes = sizeof(Shared<T>),
-                           .cluster = call.splits,
-                           .early = T::kGrouped},  // after build_unions()
+                           .cluster = call.cut.splits,
+                           .early = true},
                           stream, call);
 }
 

@@ -12,9 +12,9 @@ namespace indexcache::sm90::attention {
 
 struct Call {
   SparseMlaParams p;
-  CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, 64 heads and 64 dims
+  CUtensorMap queries;  // bf16 [tokens, heads, d_qk] in tiles of one token, tile_heads heads and 64 dims
+  Cut cut;
   int head_tiles;
-  int splits;  // and the size of a cluster
   // Few heads: the queries in tiles of a group's tokens and all their heads.
   CUtensorMap group_queries = {};
   Unions unions = {};
@@ -28,7 +28,13 @@ inline __device__ Work grouped_work_of(const Call& call, unsigned item) {
   const int2 x = __ldg(reinterpret_cast<const int2*>(item < groups ? unions.groups + item : unions.singles + (item - groups)));
   const auto [token, keys] = __builtin_bit_cast(Item, x);
   const int tokens = keys < 0 ? 1 : static_cast<int>(min(int64_t{unions.group}, call.p.tokens - token));
-  return {.token = token, .first_head = 0, .heads = tokens * call.p.heads, .split = 0, .splits = 1, .union_keys = keys};
+  return {.token = token,
+          .first_head = 0,
+          .heads = tokens * call.p.heads,
+          .tile_heads = kTileHeads,
+          .split = 0,
+          .splits = 1,
+          .union_keys = keys};
 }
 
 /// The i-th item, a token and head tile, that the block has; none if the token does not exist. A grid whose keys are split
@@ -36,13 +42,14 @@ inline __device__ Work grouped_work_of(const Call& call, unsigned item) {
 template <class T>
 __device__ Work work_of(const Call& call, unsigned i) {
   if constexpr (T::kGrouped) return grouped_work_of(call, blockIdx.x + i * gridDim.x);
-  const unsigned item = blockIdx.x / call.splits + i * gridDim.x, token = item / call.head_tiles;
-  const int head = static_cast<int>(item - token * call.head_tiles) * kTileHeads;
+  const unsigned item = blockIdx.x / call.cut.splits + i * gridDim.x, token = item / call.head_tiles;
+  const int head = static_cast<int>(item - token * call.head_tiles) * call.cut.tile_heads;
   return {.token = token,
           .first_head = head,
-          .heads = min(kTileHeads, call.p.heads - head),
-          .split = static_cast<int>(blockIdx.x % call.splits),
-          .splits = call.splits};
+          .heads = min(call.cut.tile_heads, call.p.heads - head),
+          .tile_heads = call.cut.tile_heads,
+          .split = static_cast<int>(blockIdx.x % call.cut.splits),
+          .splits = call.cut.splits};
 }
 
 /// The share of a split is whole key blocks. It depends on the row and the splits only.
@@ -80,6 +87,7 @@ __device__ void init_barriers(Shared<T>& shared) {
     }
   }
   for (int i = 0; i < kMathWarpgroups; ++i) cuda::init_barrier(&shared.probabilities_full[i], 4);
+  cuda::init_barrier(&shared.splits_full, 1);
   cuda::publish_barriers();
 }
 
@@ -91,7 +99,6 @@ __device__ void clear_rows_from(Shared<T>& shared, int first) {
     if (i % kChunkUnits >= first * kRowUnits) reinterpret_cast<uint4*>(shared.queries)[i] = {};
   }
   cuda::fence_async_proxy();
-  __syncthreads();
 }
 
 /// One thread.
@@ -100,7 +107,9 @@ __device__ void copy_queries(Shared<T>& shared, const Call& call, const Work& wo
   const uint64_t policy = cuda::evict_first();
   const bool grouped = T::kGrouped && work.union_keys >= 0;
   const CUtensorMap* const queries = grouped ? &call.group_queries : &call.queries;
-  cuda::arrive_expecting(&shared.query_full, grouped ? call.unions.group * call.p.heads * T::kDims * 2 : T::kQueryBytes);
+  const int heads = grouped ? call.unions.group * call.p.heads : call.cut.tile_heads;
+  cuda::arrive_expecting(&shared.query_full, heads * T::kDims * 2);
+#pragma unroll 1
   for (int chunk = 0; chunk < T::kChunks; ++chunk) {
     cuda::copy_tile(shared.queries + chunk * kChunkElements, queries, chunk * kChunkDims, work.first_head,
                     static_cast<int>(work.token), &shared.query_full, policy);
@@ -111,16 +120,19 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__ Call call) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(memory);
-  if (threadIdx.x == 0) init_barriers(shared);
-  if constexpr (T::kGrouped) {
-    clear_rows_from(shared, call.unions.group * call.p.heads);
-    cuda::wait_for_kernel_before();
+  if (threadIdx.x == 0) {
+    init_barriers(shared);
+    if constexpr (!T::kGrouped) {
+      if (call.cut.splits > 1) expect_splits(shared, work_of<T>(call, 0));
+    }
   }
+  if constexpr (T::kGrouped) clear_rows_from(shared, call.unions.group * call.p.heads);
+  __syncthreads();
+  cuda::wait_for_kernel_before();
   if (threadIdx.x == 0) {
     const Work work = work_of<T>(call, 0);
     if (work.token < call.p.tokens) copy_queries(shared, call, work);
   }
-  __syncthreads();
   // The shuffle tells the compiler that it is the same in all lanes.
   const int warpgroup = __shfl_sync(cuda::kFullMask, cuda::warp_id(), 0) / 4;
   uint32_t ring = 0;  // key blocks before this item
@@ -129,19 +141,23 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
     Work work = work_of<T>(call, 0);
     KeyList keys = keys_of<T>(call, work);
     Producer<T, typename T::Source> producer(shared, call.p, keys);
-    for (unsigned i = 0; work.token < call.p.tokens; ++i) {
-      const Work next = work_of<T>(call, i + 1);
-      const KeyList next_keys = keys_of<T>(call, next);
-      producer.run(keys, next_keys, ring, [&] {
-        if (i == 0 || threadIdx.x != kMathThreads) return;
-        cuda::wait(&shared.query_empty, (i - 1) & 1);
-        copy_queries(shared, call, work);
-      });
-      if constexpr (!T::kGrouped) attend_finish(work);
-      ring += keys.blocks();
-      work = next;
-      keys = next_keys;
+    if constexpr (T::Source::kManyTokens) {
+      for (unsigned i = 0; work.token < call.p.tokens; ++i) {
+        const Work next = work_of<T>(call, i + 1);
+        const KeyList next_keys = keys_of<T>(call, next);
+        producer.run(keys, next_keys, ring, [&] {
+          if (i == 0 || threadIdx.x != kMathThreads) return;
+          cuda::wait(&shared.query_empty, (i - 1) & 1);
+          copy_queries(shared, call, work);
+        });
+        ring += keys.blocks();
+        work = next;
+        keys = next_keys;
+      }
+    } else {
+      producer.run();
     }
+    if (call.cut.splits > 1) attend_finish();
   } else {
     cuda::take_registers<T::Source::kMathRegisters>();
     constexpr float kLog2E = 1.44269504088896f;
@@ -167,6 +183,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) kernel(const __grid_constant__
       } else if constexpr (!T::kGrouped) {
         finish(math, call.p, work, values);
       }
+      if (!T::Source::kManyTokens) break;
       work = next;
     }
   }

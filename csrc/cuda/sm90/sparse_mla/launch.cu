@@ -33,11 +33,11 @@ CUtensorMap query_map(const SparseMlaParams& p, int heads, int tokens) {
 }
 
 Call call_of(const SparseMlaParams& p) {
-  const auto head_tiles = static_cast<int>(cuda::ceil_div(p.heads, kTileHeads));
+  const Cut how = cut(p.tokens, p.heads, p.k);
   return {.p = p,
-          .queries = query_map(p, kTileHeads, 1),
-          .head_tiles = head_tiles,
-          .splits = splits(p.tokens, head_tiles, p.k)};
+          .queries = query_map(p, how.tile_heads, 1),
+          .cut = how,
+          .head_tiles = head_tiles(p.heads, how.tile_heads)};
 }
 
 template <bool kGrouped>
@@ -66,7 +66,7 @@ void launch_grouped(const SparseMlaParams& p, int group, Stream stream) {
   for (int64_t first = 0; first < p.tokens; first += chunk) {
     const SparseMlaParams part = tokens_of(p, first, std::min(chunk, p.tokens - first));
     Call call = call_of(part);
-    call.splits = 1;
+    call.cut = {kTileHeads, 1};
     call.group_queries = query_map(part, p.heads, group);
     call.unions = unions_at(p.scratch, union_size(part.tokens, p.k, group), group);
     build_unions(op_of(p), part, call.unions, stream);

@@ -40,4 +40,10 @@ __host__ __device__ constexpr int unit_offset(int chunk, int row, int unit) {
   return chunk * kChunkElements + row * kChunkDims + (unit ^ row % 8) * 8;
 }
 
+/// The compiler cannot compute ahead with it, and so does not keep a register for each of many derived values.
+__device__ inline uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace indexcache::sm90::attention

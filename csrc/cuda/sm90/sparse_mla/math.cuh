@@ -39,12 +39,6 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
-/// The compiler cannot compute ahead with it, and so does not keep a register for each of many derived values.
-__device__ inline uint32_t opaque(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 /// Before there is a key: exp2(-inf - 0) = 0, not NaN.
 __device__ inline float finite_base(float max) { return max == -__builtin_inff() ? 0.0f : max; }
 

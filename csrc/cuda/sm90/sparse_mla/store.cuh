@@ -55,11 +55,10 @@ __device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const Work&
   }
   cuda::sync_threads<128>(kBarrierOfWarpgroup + math.warpgroup);
   static_assert(kHalfDims / 8 == cuda::kWarpSize);
-  const int column = math.warpgroup * kHalfDims + lane * 8;
 #pragma unroll 4
   for (int row = threadIdx.x % 128 / 32; row < work.heads; row += 4) {
     const auto x = *reinterpret_cast<const uint4*>(chunks + unit_offset(lane / 8, row, lane % 8));
-    store_row(shared, p, work, row, column, x);
+    store_unit(p, work, row, math.warpgroup * cuda::kWarpSize + lane, x);
   }
   warp_arrive(&shared.key_empty[stage][math.warpgroup]);
   warp_arrive(&shared.key_empty[stage][kMathWarpgroups + math.warpgroup]);
