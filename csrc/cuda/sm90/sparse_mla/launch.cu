@@ -32,8 +32,7 @@ CUtensorMap query_map(const SparseMlaParams& p, int heads, int tokens) {
                                      .swizzle = cuda::Swizzle::bytes128});
 }
 
-Call call_of(const SparseMlaParams& p) {
-  const Cut how = cut(p.tokens, p.heads, p.k);
+Call call_of(const SparseMlaParams& p, const Cut& how) {
   return {.p = p,
           .queries = query_map(p, how.tile_heads, 1),
           .cut = how,
@@ -65,8 +64,7 @@ void launch_grouped(const SparseMlaParams& p, int group, Stream stream) {
   const int64_t chunk = union_chunk(p.tokens, p.k, group).tokens;
   for (int64_t first = 0; first < p.tokens; first += chunk) {
     const SparseMlaParams part = tokens_of(p, first, std::min(chunk, p.tokens - first));
-    Call call = call_of(part);
-    call.cut = {kTileHeads, 1};
+    Call call = call_of(part, {kTileHeads, 1});
     call.group_queries = query_map(part, p.heads, group);
     call.unions = unions_at(p.scratch, union_size(part.tokens, p.k, group), group);
     build_unions(op_of(p), part, call.unions, stream);
@@ -86,7 +84,7 @@ void sparse_mla(const SparseMlaParams& p, Stream stream) {
   if (p.tokens == 0 || p.heads == 0) return;
   if (!fits(p)) return generic::sparse_mla(p, stream);
   if (const int group = group_of(p); group > 1) return launch_grouped(p, group, stream);
-  const Call call = call_of(p);
+  const Call call = call_of(p, cut(p.tokens, p.heads, p.k));
   if (p.cache.data != nullptr) return launch<Tile<CacheSource, 576>>(op_of(p), call, stream);
   launch_dense<false>(call, stream);
 }
