@@ -125,8 +125,8 @@ struct Cut {
   int splits;      // blocks of a cluster, which share the keys of one token and head tile
 };
 
-/// Clusters of this size that run at once: a cluster is in one GPC. An H200 says 66, 39, 30, 22, 17, 15, 15, 9 and then 7
-/// for 2, 3, … 16 blocks; cards differ, and on one that has room for fewer a second wave doubles the time.
+/// Clusters of this size that run at once: a cluster is in one GPC. An H200 says 66, 39, 30, 22, 17, 15, 15, 9 and then
+/// 7 for 2, 3, … 16 blocks; cards differ, and on one that has room for fewer a second wave doubles the time.
 constexpr int resident_clusters(int size) {
   int clusters = 0;
   for (const int sms : {18, 18, 16, 16, 16, 16, 16, 8, 2, 2, 2, 2}) clusters += sms / size;

@@ -78,7 +78,8 @@ __device__ uint4* inbox(Shared<T>& shared, const Work& work, int rank, const Uni
   constexpr int kStates = kMaxSplits * kTileHeads * sizeof(RowState) / sizeof(uint4);
   constexpr int kLargest = Units::kAll + kMaxSplits;  // units of all ranks: as many as there are, rounded up
   static_assert(sizeof shared.keys >= sizeof(uint4) * (kStates + kLargest * kTileHeads));
-  return reinterpret_cast<uint4*>(shared.keys) + kStates + (rank * units.count() + unit - units.begin) * work.tile_heads + row;
+  const int place = rank * units.count() + unit - units.begin;
+  return reinterpret_cast<uint4*>(shared.keys) + kStates + place * work.tile_heads + row;
 }
 
 /// One thread, before any block sends.

@@ -1,8 +1,8 @@
 // The producers for rows of the 656-byte cache: dequantise them in registers.
 //
-// Two warpgroups, each with the value dims of one of the math warpgroups: two parts of a key block, in turn. A warp holds
-// the bytes of one part and loads the next as it stores them. More would not help: ptxas tells the loads of a warp apart
-// within a basic block only, so all that are in flight over a wait for a barrier arrive for the warp as one.
+// Two warpgroups, each with the value dims of one of the math warpgroups: two parts of a key block, in turn. A warp
+// holds the bytes of one part, and loads the next once they are stored. There are no registers for more; and ptxas
+// tells the loads of a warp apart within a basic block only: those in flight over a wait for a barrier arrive as one.
 #pragma once
 
 #include "csrc/cuda/common/async_copy.cuh"
@@ -28,8 +28,8 @@ __device__ inline uint4 dequantise(uint32_t low, uint32_t high, float scale) {
   return {pair(a.x, a.y), pair(a.z, a.w), pair(b.x, b.y), pair(b.z, b.w)};
 }
 
-/// Each warp has 16 neighbouring keys, and eight lanes a row, so that a load has the 128 bytes of a part in each of four
-/// rows. The lanes of a row are spread so that eight consecutive ones store into different banks.
+/// Each warp has 16 neighbouring keys, and eight lanes a row, so that a load has the 128 bytes of a part in each of
+/// four rows. The lanes of a row are spread so that eight consecutive ones store into different banks.
 template <class T>
 struct Producer<T, CacheSource> {
   static constexpr int kWarpKeys = kTileKeys / 4, kPassRows = 4, kPasses = kWarpKeys / kPassRows;
@@ -46,8 +46,11 @@ struct Producer<T, CacheSource> {
   uint4 values[kPasses];  // of other keys
   float scale;            // of the own key
 
-  __device__ Producer(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list) 
-      : shared(shared), p(p), list(list), warpgroup(__shfl_sync(cuda::kFullMask, cuda::warp_id(), 0) / 4 - kMathWarpgroups) {
+  __device__ Producer(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list)
+      : shared(shared),
+        p(p),
+        list(list),
+        warpgroup(__shfl_sync(cuda::kFullMask, cuda::warp_id(), 0) / 4 - kMathWarpgroups) {
     const int first = entry(0);
     next[0] = entry(1);
     next[1] = entry(2);
@@ -60,11 +63,14 @@ struct Producer<T, CacheSource> {
   // Of a lane, computed wherever they are needed: there are no registers to keep them.
   __device__ static uint32_t thread() { return opaque(threadIdx.x); }
   __device__ static int first_key() { return thread() / 32 % 4 * kWarpKeys; }
-  __device__ static int row() { return thread() / 4 % 2 + thread() / 16 % 2 * 2; }      // of a pass
-  __device__ static int unit() { return thread() / 8 % 2 * 4 + thread() % 4; }          // 16 bytes of 128
+  __device__ static int row() { return thread() / 4 % 2 + thread() / 16 % 2 * 2; }  // of a pass
+  __device__ static int unit() { return thread() / 8 % 2 * 4 + thread() % 4; }      // 16 bytes of 128
   __device__ static int rope_unit() { return unit() ^ row() % 2 * 4; }  // neighbouring rows store different units
 
-  __device__ int entry(int block) const { return list.entry(block * kTileKeys + first_key() + cuda::lane_id() % kWarpKeys); }
+  /// The own key's.
+  __device__ int entry(int block) const {
+    return list.entry(block * kTileKeys + first_key() + cuda::lane_id() % kWarpKeys);
+  }
 
   __device__ const uint8_t* row_address(int entry) const {
     const auto page_size = static_cast<uint32_t>(p.cache.page_size), slot = static_cast<uint32_t>(entry);
@@ -93,8 +99,8 @@ struct Producer<T, CacheSource> {
     scale = __ldg(reinterpret_cast<const float*>(start + cuda::kLatentScaleOffset) + group);
   }
 
-  /// Brings the rows into L2, where a load then finds them in a third of the time: of six lines of 128 bytes, four come
-  /// from one warpgroup and two from the other.
+  /// Brings the rows into L2, where a load then finds them in a third of the time: of six lines of 128 bytes, four by
+  /// one warpgroup and two by the other.
   __device__ void prefetch(const uint8_t* own) const {
     constexpr int kLine = 128;
     own += warpgroup * 4 * kLine + thread() / kWarpKeys % 2 * kLine;
@@ -123,14 +129,16 @@ struct Producer<T, CacheSource> {
     }
   }
   __device__ static void store_shared(uint32_t to, uint4 x) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
   }
 
   __device__ void copy_rope(const uint16_t* chunk) const {
     const uint32_t to = address(chunk, rope_unit());
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      cuda::copy_first_bytes(address_in_pass(to, pass), row_start(pass) + cuda::kLatentRopeOffset + rope_unit() * 16, 16);
+      const uint8_t* const from = row_start(pass) + cuda::kLatentRopeOffset + rope_unit() * 16;
+      cuda::copy_first_bytes(address_in_pass(to, pass), from, 16);
     }
   }
 
@@ -139,7 +147,8 @@ struct Producer<T, CacheSource> {
     const int turns = list.blocks() * kTurns;
 #pragma unroll 1
     for (int i = 0; i < turns; ++i) {
-      const int block = i / kTurns, turn = i % kTurns, stage = block % kStages, part = turn * kMathWarpgroups + warpgroup;
+      const int block = i / kTurns, turn = i % kTurns, stage = block % kStages;
+      const int part = turn * kMathWarpgroups + warpgroup;
       cuda::wait(&shared.key_empty[stage][part], (block / kStages & 1) ^ 1);
       if (part == 0 && cuda::lane_id() == 0) {
         reinterpret_cast<uint16_t*>(shared.valid[stage])[first_key() / kWarpKeys] = static_cast<uint16_t>(valid);

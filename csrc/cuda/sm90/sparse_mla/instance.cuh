@@ -8,9 +8,11 @@ namespace indexcache::sm90::attention {
 template <class T>
 void launch(const char* op, const Call& call, CUstream_st* stream) {
   static_assert(sizeof(Shared<T>) <= 227 << 10);
-  const int64_t items = call.p.tokens * call.head_tiles;  // those that are not split go over the multiprocessors in turn
+  int64_t blocks = call.p.tokens * call.head_tiles * call.cut.splits;
+  // Items that are not split go over the multiprocessors in turn.
+  if (T::Source::kManyTokens && call.cut.splits == 1) blocks = std::min<int64_t>(blocks, cuda::sm_count());
   cuda::launch<kernel<T>>(op,
-                          {.blocks = call.cut.splits > 1 || !T::Source::kManyTokens ? items * call.cut.splits : std::min<int64_t>(items, cuda::sm_count()),
+                          {.blocks = blocks,
                            .threads = T::kThreads,
                            .shared_bytes = sizeof(Shared<T>),
                            .cluster = call.cut.splits,
