@@ -44,7 +44,7 @@ struct DenseSource {  // bf16 rows, copied by cp.async
   static constexpr int kProducerRegisters = 72;
   static constexpr int kMathRegisters = 216;
   static constexpr bool kManyTokens = true;  // a block goes on from token to token
-  static constexpr int kEarlyParts = 2;  // are scored before the values of the block before, the others after them
+  static constexpr int kEarlyParts = 2;      // are scored before the values of the block before, the others after them
   /// Whether readers fence the producer's writes from the tensor cores. After cp.async CUTLASS does not in its main loops
   /// either: the barrier that counts the copies orders them.
   static constexpr bool kReadersFence = false;
