@@ -60,11 +60,10 @@ constexpr Capability kCapabilities[] = {
     INDEXCACHE_INDEXER("indexer_topk"),
     INDEXCACHE_INDEXER("indexer_topk_paged"),
     INDEXCACHE_ROWS("to_slots", "any page size"),
-    INDEXCACHE_ROWS("sparse_mla", kFloats),
-    // Not yet run on a GPU: after the generic rows, so that only INDEXCACHE_BACKEND=sm90 chooses them.
     {"sparse_mla", Backend::sm90, "any heads; d_qk 576 or 512, d_v 512; bfloat16", fits_sm90_attention},
-    INDEXCACHE_ROWS("sparse_mla_paged", "any heads; q float32, bfloat16; 656-byte rows, any page size"),
+    INDEXCACHE_ROWS("sparse_mla", kFloats),
     {"sparse_mla_paged", Backend::sm90, "any heads; q bfloat16; 656-byte rows, any page size", fits_sm90_attention},
+    INDEXCACHE_ROWS("sparse_mla_paged", "any heads; q float32, bfloat16; 656-byte rows, any page size"),
 };
 #undef INDEXCACHE_ROWS
 #undef INDEXCACHE_TOPK

@@ -1,10 +1,10 @@
 // Tiles, shared memory and schedule of the sm90 sparse MLA attention.
 //
 // A block attends for 64 heads of one query token, 64 listed keys at a time. Roles (one block per SM):
-//   warpgroups 0, 1   math: warpgroup w scores the key blocks j with j % 2 == w, and sums value dims 256 w … 256 w + 255
-//                     of every block
-//   warpgroup 2       producer: gathers the listed rows, as bf16, into a ring of two key blocks; from the 656-byte cache
-//                     it is two warpgroups, a half of the value dims each
+//   warpgroups 0, 1   math: warpgroup w scores the key blocks j with j % 2 == w, and sums the 256 value dims from 256 w
+//                     on of every block
+//   warpgroup 2       producer: gathers the listed rows, as bf16, into a ring of two key blocks; from the 656-byte
+//                     cache it is two warpgroups, a half of the value dims each
 // From bf16 rows a block goes on from token to token, and the ring with it: key blocks and barrier phases count on.
 // Few tokens split their keys over the blocks of a cluster, which combine their results in each other's shared memory.
 // docs/sparse_mla.md has the schedule and what bounds it.
@@ -29,13 +29,15 @@ inline constexpr int kStages = 2;
 inline constexpr int kMaxSplits = 16;  // the largest cluster
 inline constexpr int kChunkElements = kTileKeys * kChunkDims;
 
-// A key block arrives, is scored, and is freed in four parts of dims, in this order; part p holds half p / 2 of the value
-// dims of warpgroup p % 2, and the last one the rope dims too.
+// A key block arrives, is scored, and is freed in four parts of dims, in this order; part p holds half p / 2 of the
+// value dims of warpgroup p % 2, and the last one the rope dims too.
 inline constexpr int kParts = 4;
 inline constexpr int kPartDims = kHalfDims / 2;  // of values; N of wgmma
 constexpr int part_warpgroup(int part) { return part % kMathWarpgroups; }
 constexpr int first_chunk(int part) { return (part_warpgroup(part) * kHalfDims + part / 2 * kPartDims) / kChunkDims; }
-constexpr int end_chunk(int part, int chunks) { return part == kParts - 1 ? chunks : first_chunk(part) + kPartDims / kChunkDims; }
+constexpr int end_chunk(int part, int chunks) {
+  return part == kParts - 1 ? chunks : first_chunk(part) + kPartDims / kChunkDims;
+}
 
 /// Where the rows come from. The warpgroups deal out among them the registers that the block has at the start: asking
 /// for more would wait for ever.
@@ -45,8 +47,8 @@ struct DenseSource {  // bf16 rows, copied by cp.async
   static constexpr int kMathRegisters = 216;
   static constexpr bool kManyTokens = true;  // a block goes on from token to token
   static constexpr int kEarlyParts = 2;      // are scored before the values of the block before, the others after them
-  /// Whether readers fence the producer's writes from the tensor cores. After cp.async CUTLASS does not in its main loops
-  /// either: the barrier that counts the copies orders them.
+  /// Whether readers fence the producer's writes from the tensor cores. After cp.async CUTLASS does not in its main
+  /// loops either: the barrier that counts the copies orders them.
   static constexpr bool kReadersFence = false;
 };
 struct CacheSource {  // 656-byte rows, dequantised in registers
@@ -94,8 +96,8 @@ struct Tile {
                 kWarpgroups * kStartRegisters);
 };
 
-/// What a row of scores has come to: the sum of exp2(score - max), of scores to base 2. The maximum is the true one or up
-/// to kSlack less.
+/// What a row of scores has come to: the sum of exp2(score - max), of scores to base 2. The maximum is the true one or
+/// up to kSlack less.
 inline constexpr float kSlack = 8;
 struct RowState {
   float max, sum;

@@ -1,7 +1,7 @@
 // What the producers share: they bring the listed rows, as swizzled bf16, into the ring of key blocks.
 //
-// A key that is not listed, or names no row, becomes zeros and a cleared bit of `valid`: what an unused row holds, which
-// may be NaN, never gets here.
+// A key that is not listed, or names no row, becomes zeros and a cleared bit of `valid`: what an unused row holds,
+// which may be NaN, never gets here.
 #pragma once
 
 #include "csrc/cuda/common/warp.cuh"

@@ -24,7 +24,9 @@ struct Producer<T, DenseSource> {
   const int thread = threadIdx.x % 128, unit = thread % kUnits, first_row = thread / kUnits;
   Entries next;  // read a block ahead
 
-  __device__ Producer(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list) : shared(shared), p(p) { read(list, 0); }
+  __device__ Producer(Shared<T>& shared, const SparseMlaParams& p, const KeyList& list) : shared(shared), p(p) {
+    read(list, 0);
+  }
 
   __device__ void read(const KeyList& list, int block) {
 #pragma unroll

@@ -8,11 +8,10 @@ namespace indexcache::sm90::attention {
 template <class T>
 void launch(const char* op, const Call& call, CUstream_st* stream) {
   static_assert(sizeof(Shared<T>) <= 227 << 10);
-  int64_t blocks = call.p.tokens * call.head_tiles * call.cut.splits;
-  // Items that are not split go over the multiprocessors in turn.
-  if (T::Source::kManyTokens && call.cut.splits == 1) blocks = std::min<int64_t>(blocks, cuda::sm_count());
+  const int64_t items = call.p.tokens * call.head_tiles;
+  const bool in_turn = T::Source::kManyTokens && call.cut.splits == 1;  // a block has many
   cuda::launch<kernel<T>>(op,
-                          {.blocks = blocks,
+                          {.blocks = in_turn ? std::min<int64_t>(items, cuda::sm_count()) : items * call.cut.splits,
                            .threads = T::kThreads,
                            .shared_bytes = sizeof(Shared<T>),
                            .cluster = call.cut.splits,

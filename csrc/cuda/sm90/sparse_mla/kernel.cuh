@@ -37,8 +37,8 @@ inline __device__ Work grouped_work_of(const Call& call, unsigned item) {
           .union_keys = keys};
 }
 
-/// The i-th item, a token and head tile, that the block has; none if the token does not exist. A grid whose keys are split
-/// has one for each cluster.
+/// The i-th item, a token and head tile, that the block has; none if the token does not exist. A grid whose keys are
+/// split has one for each cluster.
 template <class T>
 __device__ Work work_of(const Call& call, unsigned i) {
   if constexpr (T::kGrouped) return grouped_work_of(call, blockIdx.x + i * gridDim.x);

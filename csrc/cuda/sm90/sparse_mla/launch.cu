@@ -12,7 +12,9 @@ using namespace attention;
 /// The copy engine and 16-byte copies want addresses and strides of 16 bytes.
 bool whole_units(int64_t bytes) { return bytes > 0 && bytes % 16 == 0; }
 
+/// The maximum of scores is that of dot products if the scale is positive.
 bool fits(const SparseMlaParams& p) {
+  if (!(p.sm_scale > 0) || !cuda::aligned(p.out, 16)) return false;
   const bool queries = cuda::aligned(p.q, 16) && whole_units(2 * p.q_token_stride) && whole_units(2 * p.q_head_stride);
   if (p.cache.data != nullptr) return queries && cuda::aligned(p.cache.data, 16) && p.cache.page_stride % 16 == 0;
   return queries && cuda::aligned(p.kv, 16) && 2 * p.kv_stride % 16 == 0;

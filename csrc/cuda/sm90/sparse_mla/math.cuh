@@ -1,7 +1,7 @@
 // The math warpgroups: scores, online softmax, values.
 //
-// Warpgroup w scores the blocks j with j % 2 == w. Of a block that it scores it keeps the probabilities in registers for
-// its own half of the values, and leaves a copy in shared memory for the other warpgroup. One buffer does: only the
+// Warpgroup w scores the blocks j with j % 2 == w. Of a block that it scores it keeps the probabilities in registers
+// for its own half of the values, and leaves a copy in shared memory for the other warpgroup. One buffer does: only the
 // reader of block j writes that of block j + 1, after its own products of block j.
 #pragma once
 
@@ -21,8 +21,8 @@ __device__ inline int first_column() { return 2 * (cuda::lane_id() % 4); }
 /// Named barriers of the math warpgroups.
 inline constexpr int kBarrierOfMath = 1, kBarrierOfWarpgroup = 2;
 
-/// Stores 16 rows of an accumulator, as bf16, into a chunk: of units `unit` and the next, first_row()'s pair and the one
-/// eight rows down. `to`: of matrix_address().
+/// Stores 16 rows of an accumulator, as bf16, into a chunk: of units `unit` and the next, first_row()'s pair and the
+/// one eight rows down. `to`: of matrix_address().
 __device__ inline uintptr_t matrix_address(const uint16_t* chunk) {
   const int lane = cuda::lane_id(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // a lane names a row of a matrix
   return reinterpret_cast<uintptr_t>(chunk + unit_offset(0, row, lane / 16));
@@ -99,8 +99,8 @@ struct Math {
     }
   }
 
-  /// Dot products become probabilities, as bf16 pairs. Maxima rise ever more rarely, so it is found out whether one does
-  /// while the exponentials are on their way.
+  /// Dot products become probabilities, as bf16 pairs. Maxima rise ever more rarely, so it is found out whether one
+  /// does while the exponentials are on their way.
   template <class Scores, class Values>
   __device__ void softmax(Scores& scores, uint32_t block, uint32_t (&pairs)[kScores / 2], Values& values) {
     mask(scores, shared.valid[block % kStages]);
@@ -128,7 +128,8 @@ struct Math {
 #pragma unroll
     for (int i = 0; i < kScores; i += 2) {
       const int r = i / 2 % 2;
-      const float low = fast_exp2(fmaf(scores(i), scale, -base[r])), high = fast_exp2(fmaf(scores(i + 1), scale, -base[r]));
+      const float low = fast_exp2(fmaf(scores(i), scale, -base[r]));
+      const float high = fast_exp2(fmaf(scores(i + 1), scale, -base[r]));
       added[r] = i < 2 * kRows ? low + high : added[r] + (low + high);
       pairs[i / 2] = __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(__floats2bfloat162_rn(low, high)));
     }
@@ -175,7 +176,9 @@ struct Math {
   __device__ void publish(const uint32_t (&pairs)[kScores / 2]) {
     const auto to = matrix_address(shared.probabilities);
 #pragma unroll
-    for (int i = 0; i < kScores / 2; i += 4) store_matrices(to, i / 2, pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
+    for (int i = 0; i < kScores / 2; i += 4) {
+      store_matrices(to, i / 2, pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
+    }
     const int row = first_row();
     if (cuda::lane_id() % 4 == 0) {
 #pragma unroll
@@ -196,7 +199,8 @@ struct Math {
   /// Starts this warpgroup's half of the values of `block`, a group for each part.
   template <class Mma, class Probabilities, class Values>
   __device__ void start_values(const Probabilities& probabilities, uint32_t block, Values& values) {
-    const auto tile = cute::make_tensor(cute::make_smem_ptr(keys_of(block, warpgroup * kHalfDims / kChunkDims)), ValuesLayout{});
+    auto* const half = keys_of(block, warpgroup * kHalfDims / kChunkDims);
+    const auto tile = cute::make_tensor(cute::make_smem_ptr(half), ValuesLayout{});
     const auto keys = Mma{}.get_slice(threadIdx.x % 128).partition_fragment_B(tile);
     Mma product;
     product.accumulate_ = cute::GMMA::ScaleOut::One;
@@ -219,7 +223,8 @@ struct Math {
     warp_arrive(&shared.key_empty[block % kStages][part]);
   }
 
-  /// Waits for the values of `block`, and frees the parts read unless it is the last block, whose place the output takes.
+  /// Waits for the values of `block`, and frees the parts read unless it is the last block, whose place the output
+  /// takes.
   template <class Values>
   __device__ void end_values(uint32_t block, uint32_t end, Values& values) {
     if (block + 1 < end) {
@@ -249,12 +254,13 @@ struct Math {
   template <class Values>
   __device__ void start_other_block(uint32_t block, Values& values) {
     follow(block, values);
-    const auto tile = cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Bf16*>(shared.probabilities)), RowsLayout<64>{});
+    auto* const rows = reinterpret_cast<Bf16*>(shared.probabilities);
+    const auto tile = cute::make_tensor(cute::make_smem_ptr(rows), RowsLayout<kTileKeys>{});
     start_values<ValueMma>(ValueMma{}.get_slice(threadIdx.x % 128).partition_fragment_A(tile), block, values);
   }
 
-  /// Key blocks `block` … `end` - 1 of the ring, which are those of a token. Keeps this warpgroup's dims of the last one,
-  /// for the output.
+  /// Key blocks `block` … `end` - 1 of the ring, which are those of a token. Keeps this warpgroup's dims of the last
+  /// one, for the output.
   template <class Values>
   __device__ void run(uint32_t block, uint32_t end, Values& values) {
     auto scores = cute::partition_fragment_C(ScoreMma{}, Shape<Int<kTileHeads>, Int<kTileKeys>>{});

@@ -1,5 +1,5 @@
-// The end of a token whose keys were not split: normalise, sink, lse; and the output, through shared memory so that rows
-// are stored whole, while the next token's queries and keys are on their way.
+// The end of a token whose keys were not split: normalise, sink, lse; and the output, through shared memory so that
+// rows are stored whole, while the next token's queries and keys are on their way.
 #pragma once
 
 #include "csrc/cuda/sm90/sparse_mla/finish.cuh"
@@ -12,8 +12,8 @@ inline __device__ void store_zeros(const SparseMlaParams& p, const Work& work) {
   for (int i = threadIdx.x; i < work.heads * kValueDims / 8; i += kMathThreads) reinterpret_cast<uint4*>(out)[i] = {};
 }
 
-/// The math warpgroups, after run() up to `end`. The output takes the place of the last key block, this warpgroup's dims
-/// of which nobody else reads.
+/// The math warpgroups, after run() up to `end`. The output takes the place of the last key block, this warpgroup's
+/// dims of which nobody else reads.
 template <class T, class Values>
 __device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const Work& work, bool empty,
                             uint32_t end, const Values& values) {
@@ -33,7 +33,8 @@ __device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const Work&
     const int row = first + 8 * r;
     const Total all = normalise(math.max[r], shared.sums[0][row] + shared.sums[1][row], p, work, row);
     factor[r] = all.factor;
-    if (math.warpgroup == r && lane % 4 == 0 && row < work.heads) p.lse[work.token * p.heads + work.first_head + row] = all.lse;
+    const bool writes = math.warpgroup == r && lane % 4 == 0 && row < work.heads;
+    if (writes) p.lse[work.token * p.heads + work.first_head + row] = all.lse;
   }
   cuda::sync_threads<kMathThreads>(kBarrierOfMath);  // the sums of the next token take the place of these
   if (empty) return store_zeros(p, work);
