@@ -61,7 +61,8 @@ struct CacheSource {  // 656-byte rows, dequantised in registers
 };
 
 // Few heads: the 64 rows of a tile are the heads of a group of neighbouring tokens, over the union of their lists.
-// unions.cuh builds the unions, in a kernel of its own; a group whose lists have too little in common goes token by token.
+// unions.cuh builds the unions, in a kernel of its own; a group whose lists have too little in common goes token by
+// token.
 inline constexpr int kMaxGroup = 8;                  // tokens
 inline constexpr int64_t kMinGroupedTokens = 512;    // of a call: fewer leave multiprocessors idle
 inline constexpr int64_t kMaxGroupEntries = 1 << 15;  // of its lists: so much fits into shared memory
