@@ -25,8 +25,8 @@ inline __device__ Work grouped_work_of(const Call& call, unsigned item) {
   const Unions& unions = call.unions;
   const unsigned groups = unions.counts[0], singles = unions.counts[1];  // not __ldg: it could move before the wait
   if (item >= groups + singles) return {.token = call.p.tokens};
-  const int2 x = __ldg(reinterpret_cast<const int2*>(item < groups ? unions.groups + item : unions.singles + (item - groups)));
-  const auto [token, keys] = __builtin_bit_cast(Item, x);
+  const Item* const from = item < groups ? unions.groups + item : unions.singles + (item - groups);
+  const auto [token, keys] = __builtin_bit_cast(Item, __ldg(reinterpret_cast<const int2*>(from)));
   const int tokens = keys < 0 ? 1 : static_cast<int>(min(int64_t{unions.group}, call.p.tokens - token));
   return {.token = token,
           .first_head = 0,

@@ -1,8 +1,8 @@
-// Builds the union of a group's lists: a bitmap of rows for each token in shared memory, then a walk over the rows that any
-// of them has, in order.
+// Builds the union of a group's lists: a bitmap of rows for each token in shared memory, then a walk over the rows that
+// any of them has, in order.
 //
-// A bitmap cannot say that a list names a row twice, which counts twice in the softmax: the group then goes token by token,
-// as it does when its union is not much shorter than its lists, or its rows are spread over too many windows.
+// A bitmap cannot say that a list names a row twice, which counts twice in the softmax: the group then goes token by
+// token, as it does when its union is not much shorter than its lists, or its rows are spread over too many windows.
 #pragma once
 
 #include "csrc/cuda/common/dependent_launch.cuh"
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(UnionTile<kGroup>::kThreads) union_kernel(cons
   using Tile = UnionTile<kGroup>;
   extern __shared__ __align__(16) uint32_t memory[];
   uint32_t* const bits = memory;                                             // [kGroup][words]
-  auto* const masks = reinterpret_cast<uint8_t*>(bits + kGroup * call.words);  // of a key: a bit per token
+  auto* const masks = reinterpret_cast<uint8_t*>(bits + kGroup * call.words);  // of keys, a bit per token
   cuda::start_next_kernel();
   const int64_t first_token = int64_t{blockIdx.x} * kGroup;
   const Lists lists{.indices = call.indices + first_token * call.k,
@@ -127,7 +127,9 @@ __global__ void __launch_bounds__(UnionTile<kGroup>::kThreads) union_kernel(cons
   bool apart = span.windows > kMaxWindows, repeated = false;
   for (int w = 0; w < span.windows && !apart; ++w) {
     const int base = span.first + w * window;
-    for (int i = threadIdx.x; i < kGroup * call.words / kLaneWords; i += Tile::kThreads) reinterpret_cast<Words*>(bits)[i] = {};
+    for (int i = threadIdx.x; i < kGroup * call.words / kLaneWords; i += Tile::kThreads) {
+      reinterpret_cast<Words*>(bits)[i] = {};
+    }
     __syncthreads();
     lists.for_each<Tile::kWarps>([&](int token, int row) {
       const uint32_t at = row - base, bit = 1u << at % 32;
