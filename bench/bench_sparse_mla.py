@@ -19,10 +19,20 @@ PREFILL = tuple(
     for heads in (128, 64)
     for keys in (8192, 131_072)
 )
+ASCENDING = tuple(  # as top-k lists them: all blocks walk through the rows together
+    AttentionCase(tokens=4096, heads=heads, keys=131_072, k=2048, indices="ascending", large=True)
+    for heads in (128, 64)
+)
 PAGED = tuple(  # decode, and a prefill from the cache
     AttentionCase(tokens=tokens, heads=heads, keys=131_072, k=2048, indices="random", page_size=64, large=True)
     for heads, batches in ((128, (256, 32, 8, 1)), (64, (4096, 128, 32, 8, 1)), (16, (128,)))
     for tokens in batches
+)
+# Few heads: lists of which neighbours share nine tenths, or nothing; time against that of 64 heads.
+FEW_HEADS = tuple(
+    (AttentionCase(tokens=4096, heads=heads, keys=131_072, k=2048, indices=indices, large=True), 1 / share)
+    for indices, shares in (("neighbours", {32: 0.55, 16: 0.35, 8: 0.25}), ("distinct", {32: 1, 16: 1, 8: 1}))
+    for heads, share in shares.items()
 )
 CPU_DECODE = AttentionCase(tokens=16, heads=64, keys=16_384, k=2048, indices="random", page_size=64)
 
@@ -59,7 +69,7 @@ def attention(measure, device, case, *, op, oracle, baseline, row_bytes, mark=No
     )
 
 
-@pytest.mark.parametrize(("device", "case"), cpu(*MARKS) + gpu(*PREFILL))
+@pytest.mark.parametrize(("device", "case"), cpu(*MARKS) + gpu(*PREFILL, *ASCENDING))
 def bench_sparse_mla(measure, sized, device, case):
     attention(
         measure,
@@ -90,4 +100,26 @@ def bench_sparse_mla_paged(measure, sized, device, case):
             call["sm_scale"],
         ),
         row_bytes=656,
+    )
+
+
+@pytest.mark.parametrize(("device", "case"), gpu(*(case for case, _ in FEW_HEADS)))
+def bench_few_heads(measure, sized, device, case):
+    call = sized(case).make(device)
+    padded = call | {"q": torch.randn(len(call["q"]), 64, 576, device=device, dtype=case.dtype)}
+    rows = sampled_rows(len(call["q"])).to(device)
+
+    def check(got):
+        part = call | {"q": call["q"][rows], "indices": call["indices"][rows]}
+        agree((got[0][rows], got[1][rows]), reference.sparse_mla(**part), tolerance=1e-2)
+
+    measure(
+        lambda: ops.sparse_mla(**call),
+        device=device,
+        check=check,
+        roof="R16",
+        flops=2 * case.heads * (576 + LATENT) * call["indices"].numel(),
+        nbytes=size_of(call["q"], call["indices"], call["kv"]),
+        baseline=Baseline("ours, 64 heads", lambda: ops.sparse_mla(**padded)),
+        mark=dict(FEW_HEADS)[case],
     )

@@ -226,7 +226,26 @@ def attention_indices(kind: str, tokens: int, k: int, keys: int, data: Data) -> 
         return data.choice([INT_MIN, INT_MIN + 1, -1, 0, keys - 1, keys, INT_MAX - 1, INT_MAX], tokens, k).int()
     if kind == "none":
         return torch.full_like(entries, -1)
+    if kind in ("distinct", "ascending", "neighbours", "same"):
+        return distinct_indices(kind, tokens, k, keys, data)
+    if kind == "apart":  # eight neighbouring rows have nothing in common, if there are 8 k keys
+        row, column = torch.arange(tokens, device=data.device)[:, None], torch.arange(k, device=data.device)
+        return ((row % 8 + 8 * column) % max(1, keys)).int()
     raise ValueError(kind)
 
 
-INDICES = ("random", "prefix", "sprinkled", "duplicates", "one_row", "invalid", "extreme", "none")
+def distinct_indices(kind: str, tokens: int, k: int, keys: int, data: Data) -> Tensor:
+    """Lists without a repeated entry, if there are k keys: entry j is one of those with remainder j by k."""
+    row, column = torch.arange(tokens, device=data.device)[:, None], torch.arange(k, device=data.device)
+    entries = data.integers(0, max(1, keys // max(1, k)), tokens, k) * k + column
+    if kind == "distinct":  # in random order
+        return entries.gather(1, data.uniform(0, 1, tokens, k).argsort(1)).int()
+    share = {"ascending": 1.0, "neighbours": 0.1, "same": 0.0}[kind]  # of entries that the row before does not list
+    since = torch.where(data.uniform(0, 1, tokens, k) < share, row, 0).cummax(0).values
+    return entries.gather(0, since).sort(1).values.int()
+
+
+INDICES = (
+    "random", "prefix", "sprinkled", "duplicates", "one_row", "invalid", "extreme", "none", "distinct", "ascending",
+    "neighbours", "same", "apart",
+)  # fmt: skip

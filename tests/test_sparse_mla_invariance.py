@@ -1,7 +1,8 @@
 """What a row attends to depends on that row and the shape of the call: not on the run, its place, or the other rows.
 
 On a GPU few tokens split the keys of a row, by tokens, heads and k alone (`docs/sparse_mla.md`); so a row is compared
-with itself in calls that split alike. `test_sparse_mla.py` compares rows with float64.
+with itself in calls that split alike. (The lists here repeat entries: few heads that share them are in
+`test_sparse_mla_groups.py`.) `test_sparse_mla.py` compares rows with float64.
 """
 
 from __future__ import annotations

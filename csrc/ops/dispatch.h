@@ -27,10 +27,14 @@ struct Kernels {
   void (*cpu)(const Params&, Context&);
   void (*generic)(const Params&, generic::Stream);
   void (*sm90)(const Params&, generic::Stream) = nullptr;
+  /// Bytes that `sm90` wants at params.scratch; null: none.
+  int64_t (*sm90_scratch)(const Params&) = nullptr;
 };
 
 #define INDEXCACHE_KERNELS(function) {&cpu::function, INDEXCACHE_GENERIC(function)}
 #define INDEXCACHE_SM90_KERNELS(function) {&cpu::function, INDEXCACHE_GENERIC(function), INDEXCACHE_SM90(function)}
+#define INDEXCACHE_SM90_SCRATCH_KERNELS(function) \
+  {&cpu::function, INDEXCACHE_GENERIC(function), INDEXCACHE_SM90(function), INDEXCACHE_SM90(function##_scratch)}
 
 /// Runs `kernels` on `params` with the backend that serves `check.op()`.
 template <class Params>
@@ -41,8 +45,15 @@ void launch(const Check& check, Context& ctx, const CallShape& shape, const Para
   if (backend == Backend::cpu) return kernels.cpu(params, ctx);
 #if INDEXCACHE_WITH_CUDA
   const cuda::DeviceGuard guard(device.index);
-  const auto kernel = backend == Backend::sm90 ? kernels.sm90 : kernels.generic;
-  kernel(params, static_cast<generic::Stream>(ctx.stream(device)));
+  const auto stream = static_cast<generic::Stream>(ctx.stream(device));
+  if (backend != Backend::sm90) return kernels.generic(params, stream);
+  if constexpr (requires { params.scratch; }) {
+    Params with_scratch = params;
+    if (const int64_t bytes = kernels.sm90_scratch(params); bytes > 0) with_scratch.scratch = ctx.scratch(bytes, device);
+    kernels.sm90(with_scratch, stream);
+  } else {
+    kernels.sm90(params, stream);
+  }
 #endif
 }
 

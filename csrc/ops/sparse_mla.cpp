@@ -31,7 +31,7 @@ Pair run(const Check& check, Context& ctx, const TensorView& q, const TensorView
   params.out = result.first.data;
   params.lse = result.second.as<float>();
   const CallShape shape{.heads = heads, .dim = params.d_qk, .d_v = params.d_v, .k = params.k, .dtype = q.dtype};
-  ops::launch(check, ctx, shape, params, INDEXCACHE_SM90_KERNELS(sparse_mla));
+  ops::launch(check, ctx, shape, params, INDEXCACHE_SM90_SCRATCH_KERNELS(sparse_mla));
   return result;
 }
 

@@ -181,6 +181,7 @@ struct SparseMlaParams {
   float sm_scale;
   void* out;   // [tokens, heads, d_v] of dtype
   float* lse;  // [tokens, heads], natural log
+  void* scratch = nullptr;  // what the backend asked for (dispatch.h)
 };
 
 }  // namespace indexcache

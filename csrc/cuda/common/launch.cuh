@@ -30,6 +30,7 @@ struct Launch {
   int64_t blocks;
   int threads;
   int shared_bytes = 0;
+  int most_shared_bytes = 0;  // of any launch of the kernel, where they differ
   int cluster = 1;     // blocks that share their memory; divides `blocks`
   bool early = false;  // may start before the kernel before it ends (dependent_launch.cuh)
 };
@@ -41,7 +42,7 @@ void launch(const char* op, const Launch& how, CUstream_st* stream, const Args&.
   const uint64_t bit = uint64_t{1} << current_device() % 64;
   if ((prepared & bit) == 0) {
     constexpr auto kShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    check(op, cudaFuncSetAttribute(kKernel, kShared, how.shared_bytes));
+    check(op, cudaFuncSetAttribute(kKernel, kShared, std::max(how.shared_bytes, how.most_shared_bytes)));
     check(op, cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));  // a later call may be larger
     prepared |= bit;
   }

@@ -17,5 +17,7 @@ void topk(const TopkParams& p, Stream stream);
 
 /// As generic::sparse_mla, for bf16, d_qk 576 or 512, d_v 512.
 void sparse_mla(const SparseMlaParams& p, Stream stream);
+/// Bytes that it wants at p.scratch.
+int64_t sparse_mla_scratch(const SparseMlaParams& p);
 
 }  // namespace indexcache::sm90

@@ -10,6 +10,7 @@
 // docs/sparse_mla.md has the schedule and what bounds it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "indexcache/params.h"
@@ -59,15 +60,38 @@ struct CacheSource {  // 656-byte rows, dequantised in registers
   static constexpr bool kReadersFence = true;
 };
 
-template <class source, int d_qk>
+// Few heads: the 64 rows of a tile are the heads of a group of neighbouring tokens, over the union of their lists.
+// unions.cuh builds the unions, in a kernel of its own; a group whose lists have too little in common goes token by
+// token.
+inline constexpr int kMaxGroup = 8;                  // tokens
+inline constexpr int64_t kMinGroupedTokens = 512;    // of a call: fewer leave multiprocessors idle
+inline constexpr int64_t kMaxGroupEntries = 1 << 15;  // of its lists: so much fits into shared memory
+inline constexpr int64_t kMaxUnionBytes = int64_t{64} << 20;  // of a call's scratch: longer calls go in chunks
+
+/// Tokens that share a tile, 1: none do. It depends on the shape of the call only.
+constexpr int group_tokens(int64_t tokens, int64_t heads, int64_t k) {
+  if (tokens < kMinGroupedTokens) return 1;
+  const int64_t most = std::min(kTileHeads / heads, kMaxGroupEntries / std::max<int64_t>(k, 1));
+  for (const int group : {8, 4, 3, 2}) {
+    if (group <= most) return group;
+  }
+  return 1;
+}
+
+/// A larger union is not worth it: the tokens together list `entries`.
+constexpr int64_t most_union_keys(int64_t entries) { return entries * 9 / 10; }
+
+template <class source, int d_qk, bool grouped = false>
 struct Tile {
   using Source = source;
+  static constexpr bool kGrouped = grouped;  // few heads, below
   static constexpr int kDims = d_qk;
   static constexpr int kChunks = d_qk / kChunkDims;
   static constexpr int kWarpgroups = kMathWarpgroups + Source::kProducerWarpgroups;
   static constexpr int kThreads = 128 * kWarpgroups;
   static constexpr int kStartRegisters = (1 << 16) / kThreads / 8 * 8;  // of a thread
   static constexpr int kBlockElements = kTileKeys * d_qk;
+  static constexpr int kMarkWords = (grouped ? kMaxGroup : 1) * (kTileKeys / 32);
   static_assert(d_qk % kChunkDims == 0 && d_qk >= kValueDims);
   static_assert(kMathWarpgroups * Source::kMathRegisters + Source::kProducerWarpgroups * Source::kProducerRegisters <=
                 kWarpgroups * kStartRegisters);
@@ -91,7 +115,7 @@ struct Shared {
   float max[kTileHeads];                    // after the block whose probabilities these are
   float sums[kMathWarpgroups][kTileHeads];  // over the blocks that a warpgroup scored
   RowState state[kTileHeads];               // of this split
-  uint32_t valid[kStages][kTileKeys / 32];  // a bit per key
+  uint32_t valid[kStages][T::kMarkWords];   // a bit per key; of a union, such words for each token of the group
   uint64_t query_full, query_empty;  // phase i: of the block's i-th token
   uint64_t key_full[kStages][kParts], key_empty[kStages][kParts];
   uint64_t probabilities_full[kMathWarpgroups];  // phase i: those of the warpgroup's block i

@@ -12,6 +12,7 @@ struct Work {
   int first_head, heads;  // that exist
   int tile_heads;         // a power of two if there are splits
   int split, splits;      // rank in the cluster, and its size
+  int union_keys = -1;    // of a group with a union; its rows are the heads of all its tokens
 };
 
 /// What a row of the output comes to, and what it is to be multiplied by.
@@ -26,7 +27,7 @@ inline __device__ Total normalise(float max, float sum, const SparseMlaParams& p
   if (sum == 0) return {-__builtin_inff(), 0};
   const float lse = (max + log2f(sum)) * kLn2;
   const bool sinks = p.sink != nullptr && row < work.heads;
-  const float kept = sinks ? 1.0f / (1.0f + expf(p.sink[work.first_head + row] - lse)) : 1.0f;
+  const float kept = sinks ? 1.0f / (1.0f + expf(p.sink[(work.first_head + row) % p.heads] - lse)) : 1.0f;
   return {lse, kept / sum};
 }
 

@@ -16,7 +16,7 @@ struct Producer<T, DenseSource> {
   static constexpr int kUnits = 8, kPassRows = 128 / kUnits, kPasses = kTileKeys / kPassRows;
   struct Entries {
     int copied[kPasses];  // by this thread
-    int of_lane[kTileKeys / 32];
+    Marks marks;
   };
 
   Shared<T>& shared;
@@ -31,8 +31,7 @@ struct Producer<T, DenseSource> {
   __device__ void read(const KeyList& list, int block) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) next.copied[i] = list.entry(block * kTileKeys + first_row + i * kPassRows);
-#pragma unroll
-    for (int i = 0; i < kTileKeys / 32; ++i) next.of_lane[i] = list.entry(block * kTileKeys + i * 32 + cuda::lane_id());
+    next.marks = read_marks<T>(list, block);
   }
 
   /// The blocks of `list`, and the first entries of the list after it. `ring`: key blocks before these. Calls `started`
@@ -81,7 +80,7 @@ struct Producer<T, DenseSource> {
       cuda::arrive_after_copies(&shared.key_full[stage][part]);
     });
     if (thread < cuda::kWarpSize) {
-      store_valid(shared, stage, list, entries.of_lane);
+      store_valid(shared, stage, list, entries.marks);
       if (thread == 0) cuda::arrive(&shared.key_full[stage][kParts - 1]);
     }
   }

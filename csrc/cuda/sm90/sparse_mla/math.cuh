@@ -58,6 +58,7 @@ struct Math {
   const uint32_t warpgroup;
   const float scale;  // of scores, to base 2
   float max[kRows] = {-__builtin_inff(), -__builtin_inff()};
+  int marks[kRows] = {};  // where the valid bits of the rows begin
   float sum[kRows] = {};  // of this thread's columns of the blocks that the warpgroup scored
 
   __device__ static auto row_tile(Bf16* data) {
@@ -102,15 +103,7 @@ struct Math {
   /// does while the exponentials are on their way.
   template <class Scores, class Values>
   __device__ void softmax(Scores& scores, uint32_t block, uint32_t (&pairs)[kScores / 2], Values& values) {
-    const uint32_t* const valid = shared.valid[block % kStages];
-    if ((valid[0] & valid[1]) != ~0u) {
-      const uint32_t words[2] = {opaque(valid[0] >> first_column()), opaque(valid[1] >> first_column())};
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        const int column = i / 4 * 8 + i % 2;
-        if (!(words[column / 32] >> column % 32 & 1)) scores(i) = -__builtin_inff();
-      }
-    }
+    mask(scores, shared.valid[block % kStages]);
     float added[kRows], top[kRows] = {-__builtin_inff(), -__builtin_inff()};
     exponentials(scores, pairs, added);
 #pragma unroll
@@ -139,6 +132,29 @@ struct Math {
       const float high = fast_exp2(fmaf(scores(i + 1), scale, -base[r]));
       added[r] = i < 2 * kRows ? low + high : added[r] + (low + high);
       pairs[i / 2] = __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(__floats2bfloat162_rn(low, high)));
+    }
+  }
+
+  /// Keys that a row does not attend to.
+  template <class Scores>
+  __device__ void mask(Scores& scores, const uint32_t* valid) {
+    constexpr int kSets = T::kGrouped ? kRows : 1;  // of words: both rows' own, or the same ones
+    uint32_t words[kSets][kTileKeys / 32], all = ~0u;
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+      for (int i = 0; i < kTileKeys / 32; ++i) all &= words[set][i] = valid[(T::kGrouped ? marks[set] : 0) + i];
+    }
+    if (all == ~0u) return;
+#pragma unroll
+    for (auto& set : words) {
+#pragma unroll
+      for (uint32_t& word : set) word = opaque(word >> first_column());
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int column = i / 4 * 8 + i % 2;
+      if (!(words[i / 2 % 2 % kSets][column / 32] >> column % 32 & 1)) scores(i) = -__builtin_inff();
     }
   }
 
