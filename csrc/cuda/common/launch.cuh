@@ -30,9 +30,9 @@ struct Launch {
   int64_t blocks;
   int threads;
   int shared_bytes = 0;
+  int cluster = 1;            // blocks that share their memory; divides `blocks`
+  bool early = false;         // may start before the kernel before it ends (dependent_launch.cuh)
   int most_shared_bytes = 0;  // of any launch of the kernel, where they differ
-  int cluster = 1;     // blocks that share their memory; divides `blocks`
-  bool early = false;  // may start before the kernel before it ends (dependent_launch.cuh)
 };
 
 /// Launches `kKernel(args...)`.

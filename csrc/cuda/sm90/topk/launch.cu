@@ -12,7 +12,8 @@ using namespace radix_topk;
 template <class T, int kCluster, class Rows>
 void launch_long(const TopkParams& p, Stream stream) {
   constexpr int kBytes = sizeof(LongRowShared<Rows>);
-  cuda::launch<long_rows_kernel<T, kCluster, Rows>>("topk", {p.rows * kCluster, kThreads, kBytes, kCluster}, stream, p);
+  cuda::launch<long_rows_kernel<T, kCluster, Rows>>(
+      "topk", {.blocks = p.rows * kCluster, .threads = kThreads, .shared_bytes = kBytes, .cluster = kCluster}, stream, p);
 }
 
 template <class T>
