@@ -1,3 +1,4 @@
+// The kernel: which work a block has, and what each warpgroup does of it, one token (or group) after the other.
 #pragma once
 
 #include "csrc/cuda/common/dependent_launch.cuh"
