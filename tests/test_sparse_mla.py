@@ -140,6 +140,24 @@ def test_one_key_is_returned_as_it_is(device: str) -> None:
     torch.testing.assert_close(out, row.expand_as(out), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spread", [100, 2**31 - 1], ids=["neighbours", "apart"])
+@pytest.mark.parametrize("tokens", [3, 520])
+def test_the_last_rows_that_an_index_can_name(device: str, tokens: int, spread: int, dtype: torch.dtype) -> None:
+    """2^31 - 1 rows, by a stride of 0: entries up to 2^31 - 2 name one, 2^31 - 1 does not."""
+    rows, k = 2**31 - 1, 70
+    data = torch.Generator().manual_seed(11)
+    q = torch.randn(tokens, 8, 576, generator=data).to(device, dtype)
+    row = torch.randn(576, generator=data).to(device, dtype)
+    below = torch.randperm(100, generator=data)[:k] * (spread // 100)
+    entries = torch.cat([torch.tensor([rows, rows - 1]), rows - 2 - below])
+    out, lse = ops.sparse_mla(q, row.expand(rows, 576), entries.int().repeat(tokens, 1).to(device), 0.05)
+    tolerance = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(out, row[:512].expand_as(out), **tolerance)
+    expected = 0.05 * (q.double() @ row.double()) + math.log(k + 1)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("offset", [-3e4, 3e4])
 def test_huge_scores_do_not_overflow(device: str, offset: float) -> None:
     """Scores of thousands, all of one sign: the softmax is that of their differences."""

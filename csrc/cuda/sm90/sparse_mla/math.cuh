@@ -26,8 +26,8 @@ __device__ inline uintptr_t matrix_address(const uint16_t* chunk) {
   const int lane = cuda::lane_id(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;
   return reinterpret_cast<uintptr_t>(chunk + unit_offset(0, row, lane / 16));
 }
-/// Stores the warp's 16 rows of an accumulator, as bf16 pairs, into a chunk: of units `unit` (a, b) and the next (c, d),
-/// this thread's pair of first_row() and that of eight rows down. `to`: of matrix_address().
+/// Stores the warp's 16 rows of an accumulator, as bf16 pairs, into a chunk: of units `unit` (a, b) and the next
+/// (c, d), this thread's pair of first_row() and that of eight rows down. `to`: of matrix_address().
 __device__ inline void store_matrices(uintptr_t to, int unit, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   // The swizzle is an exclusive or, and rows are aligned to their 128 bytes.
   cute::SM90_U32x4_STSM_N::copy(a, b, c, d, *reinterpret_cast<cute::uint128_t*>(to ^ unit * 16));
