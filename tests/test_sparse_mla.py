@@ -100,6 +100,16 @@ def test_paged_attention_is_the_dense_one_on_the_gathered_rows(
         assert_same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("tokens", [3, 520])
+def test_queries_may_lie_head_by_head(device: str, tokens: int) -> None:
+    """Any strides but the innermost: the same bits as dense queries give."""
+    arguments = AttentionCase(tokens=tokens, heads=16, keys=400, indices="neighbours").make(device)
+    by_head = arguments["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    expected = ops.sparse_mla(**arguments)
+    for actual, dense in zip(ops.sparse_mla(**arguments | {"q": by_head}), expected, strict=True):
+        assert_same_bits(actual, dense)
+
+
 def test_entries_that_name_no_token_change_nothing(device: str) -> None:
     """Padding a row with -1, or shortening it by `lengths`, gives the bits of the shorter row."""
     arguments = small(device, indices="random")
