@@ -357,6 +357,14 @@ def test_vectors_of_no_dims(device: str, op: str, dense: str, name: str) -> None
     assert_refused(op, name, ">= 1", "0", call)
 
 
+def test_more_heads_or_dims_than_an_int_counts(device: str) -> None:
+    call, limit, size = good_call("sparse_mla", device), f"<= {2**31 - 1}", str(2**31)
+    heads = {"q": call["q"][:1, :1].expand(1, 2**31, -1)}
+    dims = {"q": call["q"].new_empty(0, 1, 2**31), "kv": call["kv"].new_empty(0, 2**31)}
+    assert_refused("sparse_mla", "heads", limit, size, call | heads)
+    assert_refused("sparse_mla", "d_qk", limit, size, call | dims)
+
+
 @pytest.mark.parametrize("op", ["store_latent_kv", "gather_latent_kv", "sparse_mla_paged"])
 def test_cache_page_of_nothing(device: str, op: str) -> None:
     cache = torch.zeros(3, 0, 656, dtype=torch.uint8, device=device)

@@ -100,6 +100,16 @@ def test_paged_attention_is_the_dense_one_on_the_gathered_rows(
         assert_same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("tokens", [3, 520])
+def test_queries_may_lie_head_by_head(device: str, tokens: int) -> None:
+    """Any strides but the innermost: the same bits as dense queries give."""
+    arguments = AttentionCase(tokens=tokens, heads=16, keys=400, indices="neighbours").make(device)
+    by_head = arguments["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    expected = ops.sparse_mla(**arguments)
+    for actual, dense in zip(ops.sparse_mla(**arguments | {"q": by_head}), expected, strict=True):
+        assert_same_bits(actual, dense)
+
+
 def test_entries_that_name_no_token_change_nothing(device: str) -> None:
     """Padding a row with -1, or shortening it by `lengths`, gives the bits of the shorter row."""
     arguments = small(device, indices="random")
@@ -138,6 +148,24 @@ def test_one_key_is_returned_as_it_is(device: str) -> None:
     out, lse = ops.sparse_mla(**arguments)
     row = arguments["kv"][127, :512]
     torch.testing.assert_close(out, row.expand_as(out), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spread", [100, 2**31 - 1], ids=["neighbours", "apart"])
+@pytest.mark.parametrize("tokens", [3, 520])
+def test_the_last_rows_that_an_index_can_name(device: str, tokens: int, spread: int, dtype: torch.dtype) -> None:
+    """2^31 - 1 rows, by a stride of 0: entries up to 2^31 - 2 name one, 2^31 - 1 does not."""
+    rows, k = 2**31 - 1, 70
+    data = torch.Generator().manual_seed(11)
+    q = torch.randn(tokens, 8, 576, generator=data).to(device, dtype)
+    row = torch.randn(576, generator=data).to(device, dtype)
+    below = torch.randperm(100, generator=data)[:k] * (spread // 100)
+    entries = torch.cat([torch.tensor([rows, rows - 1]), rows - 2 - below])
+    out, lse = ops.sparse_mla(q, row.expand(rows, 576), entries.int().repeat(tokens, 1).to(device), 0.05)
+    tolerance = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(out, row[:512].expand_as(out), **tolerance)
+    expected = 0.05 * (q.double() @ row.double()) + math.log(k + 1)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [-3e4, 3e4])

@@ -38,8 +38,9 @@ bool fits_sm90_topk(const CallShape& shape) { return shape.k <= 2048; }
 
 // One row per op and backend, the preferred backend of an op first.
 #define INDEXCACHE_ROWS(op, limits) {op, Backend::generic, limits, nullptr}, {op, Backend::cpu, limits, nullptr}
-#define INDEXCACHE_QUANTISE(op)                                                                              \
-  {op, Backend::generic, "head dim up to 12,288; float32, bfloat16", fits_shared_memory}, {op, Backend::cpu, kFloats, nullptr}
+#define INDEXCACHE_QUANTISE(op)                                                            \
+  {op, Backend::generic, "head dim up to 12,288; float32, bfloat16", fits_shared_memory}, \
+      {op, Backend::cpu, kFloats, nullptr}
 #define INDEXCACHE_TOPK(op) \
   {op, Backend::sm90, "k up to 2,048, any row stride; float32, bfloat16", fits_sm90_topk}, INDEXCACHE_ROWS(op, kAnyK)
 #define INDEXCACHE_INDEXER(op)                                                                        \
@@ -113,16 +114,16 @@ Backend choose_backend(const char* op, Device device, const CallShape& shape) {
     throw Error(op, "INDEXCACHE_BACKEND=" + std::string(forced ? forced : "") +
                         " names no backend of this op (auto, sm90, generic, cpu; see indexcache_ext.capabilities())");
   }
-  throw Error(op, std::string(forced ? "the backend that INDEXCACHE_BACKEND forces" : "no backend") +
-                      (forced ? " cannot serve" : " serves") + " a call on " + to_string(device) + " (" + reasons + ")");
+  const std::string none = forced ? "the backend that INDEXCACHE_BACKEND forces cannot serve" : "no backend serves";
+  throw Error(op, none + " a call on " + to_string(device) + " (" + reasons + ")");
 }
 
 bool built_with_cuda() { return INDEXCACHE_WITH_CUDA; }
 
 std::string build_info() {
-  return std::string("{\"version\": \"") + INDEXCACHE_VERSION + "\", \"cxx\": \"" + INDEXCACHE_CXX + "\", \"cuda\": \"" +
-         INDEXCACHE_CUDA_VERSION + "\", \"cuda_archs\": \"" + INDEXCACHE_CUDA_ARCHS + "\", \"cutlass\": \"" +
-         INDEXCACHE_CUTLASS_VERSION + "\", \"cpu_isa\": \"" + cpu::instruction_set() + "\"}";
+  return std::string("{\"version\": \"") + INDEXCACHE_VERSION + "\", \"cxx\": \"" + INDEXCACHE_CXX +
+         "\", \"cuda\": \"" + INDEXCACHE_CUDA_VERSION + "\", \"cuda_archs\": \"" + INDEXCACHE_CUDA_ARCHS +
+         "\", \"cutlass\": \"" + INDEXCACHE_CUTLASS_VERSION + "\", \"cpu_isa\": \"" + cpu::instruction_set() + "\"}";
 }
 
 std::string capabilities_json() {

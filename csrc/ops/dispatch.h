@@ -1,6 +1,8 @@
 // From a checked call to a kernel: the backend is chosen here and nowhere else.
 #pragma once
 
+#include <type_traits>
+
 #include "csrc/cpu/cpu.h"
 #include "csrc/ops/check.h"
 #include "indexcache/backend.h"
@@ -49,7 +51,8 @@ void launch(const Check& check, Context& ctx, const CallShape& shape, const Para
   if (backend != Backend::sm90) return kernels.generic(params, stream);
   if constexpr (requires { params.scratch; }) {
     Params with_scratch = params;
-    if (const int64_t bytes = kernels.sm90_scratch(params); bytes > 0) with_scratch.scratch = ctx.scratch(bytes, device);
+    const int64_t bytes = kernels.sm90_scratch(params);
+    if (bytes > 0) with_scratch.scratch = ctx.scratch(bytes, device);
     kernels.sm90(with_scratch, stream);
   } else {
     kernels.sm90(params, stream);

@@ -120,7 +120,8 @@ Pair gather_index_k(Context& ctx, const TensorView& index_k_cache, const TensorV
   const PagedCache cache = check.cache("index_k_cache", index_k_cache, kIndexPage, dim + 4);
   check.tensor("slots", slots, {DType::i32, DType::i64}, {"rows"});
   const int64_t rows = slots.size(0);
-  const Pair result{check.result(ctx, "k8", {}, DType::e4m3, {rows, dim}), ctx.output(DType::f32, {{rows}}, slots.device)};
+  const Pair result{check.result(ctx, "k8", {}, DType::e4m3, {rows, dim}),
+                    ctx.output(DType::f32, {{rows}}, slots.device)};
   if (rows == 0) return result;
   const GatherIndexKParams params{.cache = cache,
                                   .slots = ops::int_array(slots),

@@ -7,10 +7,13 @@ namespace {
 
 using ops::Check;
 
+constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+
 /// Checks what the dense and the paged op share, allocates the results and launches. `params` brings the key side.
 Pair run(const Check& check, Context& ctx, const TensorView& q, const TensorView& rows, const char* rows_name,
          const MaybeView& sink, const MaybeView& lengths, const AttentionOut& out, SparseMlaParams params) {
   const int64_t tokens = q.size(0), heads = q.size(1);
+  check.at_most("heads", heads, kMaxInt);
   check.tensor(rows_name, rows, {DType::i32}, {tokens, "k"});
   check.tensor("sink", sink, {DType::f32}, {heads});
   check.tensor("lengths", lengths, {DType::i32}, {tokens});
@@ -42,8 +45,9 @@ Pair sparse_mla(Context& ctx, const TensorView& q, const TensorView& kv, const T
   const Check check("sparse_mla", q);
   check.tensor("q", q, {DType::bf16, DType::f32}, {"tokens", "heads", "d_qk"}, {.dense_from = 2});
   check.at_least("d_qk", q.size(2), 1);
+  check.at_most("d_qk", q.size(2), kMaxInt);
   check.tensor("kv", kv, {q.dtype}, {"keys", q.size(2)}, {.dense_from = 1});
-  check.at_most("keys", kv.size(0), std::numeric_limits<int32_t>::max());
+  check.at_most("keys", kv.size(0), kMaxInt);
   check.at_least("d_v", d_v, 1);
   check.at_most("d_v", d_v, q.size(2));
   SparseMlaParams params{};

@@ -3,8 +3,9 @@
 namespace indexcache {
 
 const char* name(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "bfloat16", "float8_e4m3fn", "uint8", "int32",  "int64",  "float64", "float16",
-                                    "int8",    "int16",    "uint16",        "uint32", "uint64", "bool", "another dtype"};
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float8_e4m3fn", "uint8",  "int32",
+                                    "int64",   "float64",  "float16",       "int8",   "int16",
+                                    "uint16",  "uint32",   "uint64",        "bool",   "another dtype"};
   return kNames[static_cast<int>(dtype)];
 }
 

@@ -36,21 +36,6 @@ __device__ inline uint32_t load_from(int rank, const uint32_t* local) {
   return value;
 }
 
-/// Eight or sixteen aligned bytes.
-__device__ inline float2 load_from(int rank, const float2* local) {
-  float2 x;
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address_in(rank, local)) : "memory");
-  return x;
-}
-__device__ inline float4 load_from(int rank, const float4* local) {
-  float4 x;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address_in(rank, local))
-               : "memory");
-  return x;
-}
-
 __device__ inline void store_to(uint32_t address, uint32_t value) {
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -78,7 +63,8 @@ __device__ inline void store_counted(uint32_t address, uint32_t low, uint32_t hi
                : "memory");
 }
 __device__ inline void store_counted(uint32_t address, uint4 value, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address),
                "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
                : "memory");
 }

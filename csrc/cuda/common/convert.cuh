@@ -42,7 +42,12 @@ __device__ inline uint32_t float_to_e4m3x4(float a, float b, float c, float d) {
 #endif
 }
 
-/// Two values as float_to_bf16 rounds them, the first in the low half.
+/// Two values as bf16, to the nearest, the first in the low half; NaN becomes 0x7fff.
+__device__ inline uint32_t pack_bf16x2(float low, float high) {
+  return __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(__floats2bfloat162_rn(low, high)));
+}
+
+/// The same, but NaN as float_to_bf16 gives it.
 __device__ inline uint32_t float_to_bf16x2(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);  // NaN: 0x7fff
   const auto bits = __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(pair));

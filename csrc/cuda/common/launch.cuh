@@ -26,6 +26,7 @@ void launch(const char* op, void (*kernel)(Params), int64_t blocks, int threads,
   check_launch(op);
 }
 
+/// Name the fields.
 struct Launch {
   int64_t blocks;
   int threads;
@@ -38,12 +39,14 @@ struct Launch {
 /// Launches `kKernel(args...)`.
 template <auto kKernel, class... Args>
 void launch(const char* op, const Launch& how, CUstream_st* stream, const Args&... args) {
+  if (how.blocks > kMaxGrid) check(op, cudaErrorInvalidConfiguration);  // the cast below would cut it
   static std::atomic<uint64_t> prepared{0};  // a bit per device; asking again does no harm
   const uint64_t bit = uint64_t{1} << current_device() % 64;
   if ((prepared & bit) == 0) {
     constexpr auto kShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    constexpr auto kLarge = cudaFuncAttributeNonPortableClusterSizeAllowed;
     check(op, cudaFuncSetAttribute(kKernel, kShared, std::max(how.shared_bytes, how.most_shared_bytes)));
-    check(op, cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));  // a later call may be larger
+    check(op, cudaFuncSetAttribute(kKernel, kLarge, 1));  // also if this call's cluster is small: a later one may not be
     prepared |= bit;
   }
   cudaLaunchAttribute attributes[2]{};

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
 
 namespace indexcache::cuda {
 
@@ -22,8 +21,8 @@ __device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-/// Between ordinary accesses to shared memory and those of the copy engine or the tensor cores: each writing thread calls
-/// it before it arrives, or each reading thread after its wait.
+/// Between ordinary accesses to shared memory and those of the copy engine or the tensor cores: each writing thread
+/// calls it before it arrives, or each reading thread after its wait.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /// Between the last init_barrier() and the first copy: makes barriers visible to the copy engine.
@@ -54,24 +53,10 @@ __device__ inline bool phase_ended(uint32_t barrier, uint32_t parity) {
       : "memory");
   return ended != 0;
 }
-__device__ inline bool phase_ended(uint64_t* barrier, uint32_t parity) {
-  return phase_ended(shared_address(barrier), parity);
-}
 
-/// With INDEXCACHE_HANG_CYCLES a wait that takes longer names itself and ends the kernel with an error.
 __device__ inline void wait(uint32_t barrier, uint32_t parity) {
-#ifdef INDEXCACHE_HANG_CYCLES
-  const long long start = clock64();
-  while (!phase_ended(barrier, parity)) {
-    if (clock64() - start < INDEXCACHE_HANG_CYCLES) continue;
-    printf("block %d thread %d hangs at the barrier at %u, parity %u\n", static_cast<int>(blockIdx.x),
-           static_cast<int>(threadIdx.x), barrier, parity);
-    __trap();
-  }
-#else
   while (!phase_ended(barrier, parity)) {
   }
-#endif
 }
 __device__ inline void wait(uint64_t* barrier, uint32_t parity) { wait(shared_address(barrier), parity); }
 

@@ -14,8 +14,7 @@
 namespace indexcache::cuda {
 
 inline constexpr int kWarpgroupThreads = 128;
-inline constexpr int kWgmmaRows = 64;       // of A
-inline constexpr int kWgmmaStep = 32;       // bytes of K per instruction
+inline constexpr int kWgmmaStep = 32;  // bytes of K per instruction
 
 /// Moves the registers of a warpgroup: the producer gives what the math warpgroups take. Multiples of 8.
 template <int kRegisters>

@@ -8,7 +8,8 @@ namespace indexcache::sm90::indexer {
 
 template <class T>
 void launch_dense(const DenseCall& call, int blocks, CUstream_st* stream) {
-  cuda::launch<dense_kernel<T>>("indexer_logits", {blocks, kThreads, sizeof(Shared<T>)}, stream, call);
+  const cuda::Launch how{.blocks = blocks, .threads = kThreads, .shared_bytes = sizeof(Shared<T>)};
+  cuda::launch<dense_kernel<T>>("indexer_logits", how, stream, call);
 }
 
 template <class T>

@@ -28,6 +28,7 @@ inline constexpr int kMathThreads = 128 * kMathWarpgroups;
 inline constexpr int kStages = 2;
 inline constexpr int kMaxSplits = 16;  // the largest cluster
 inline constexpr int kChunkElements = kTileKeys * kChunkDims;
+inline constexpr int64_t kMaxListed = int64_t{1} << 30;  // entries of a list: kernels count them, and more, in an int
 
 // A key block arrives, is scored, and is freed in four parts of dims, in this order; part p holds half p / 2 of the
 // value dims of warpgroup p % 2, and the last one the rope dims too.
@@ -39,8 +40,8 @@ constexpr int end_chunk(int part, int chunks) {
   return part == kParts - 1 ? chunks : first_chunk(part) + kPartDims / kChunkDims;
 }
 
-/// Where the rows come from. The warpgroups deal out among them the registers that the block has at the start: asking
-/// for more would wait for ever.
+// Where the rows come from. The warpgroups deal out among them the registers that the block has at the start: asking
+// for more would wait for ever.
 struct DenseSource {  // bf16 rows, copied by cp.async
   static constexpr int kProducerWarpgroups = 1;
   static constexpr int kProducerRegisters = 72;
@@ -84,7 +85,7 @@ constexpr int64_t most_union_keys(int64_t entries) { return entries * 9 / 10; }
 template <class source, int d_qk, bool grouped = false>
 struct Tile {
   using Source = source;
-  static constexpr bool kGrouped = grouped;  // few heads, below
+  static constexpr bool kGrouped = grouped;  // few heads, above
   static constexpr int kDims = d_qk;
   static constexpr int kChunks = d_qk / kChunkDims;
   static constexpr int kWarpgroups = kMathWarpgroups + Source::kProducerWarpgroups;
@@ -116,7 +117,7 @@ struct Shared {
   float sums[kMathWarpgroups][kTileHeads];  // over the blocks that a warpgroup scored
   RowState state[kTileHeads];               // of this split
   uint32_t valid[kStages][T::kMarkWords];   // a bit per key; of a union, such words for each token of the group
-  uint64_t query_full, query_empty;  // phase i: of the block's i-th token
+  uint64_t query_full, query_empty;         // phase i: of the block's i-th token
   uint64_t key_full[kStages][kParts], key_empty[kStages][kParts];
   uint64_t probabilities_full[kMathWarpgroups];  // phase i: those of the warpgroup's block i
   uint64_t splits_full;                          // all that the blocks of the cluster send to this one

@@ -150,13 +150,7 @@ template <class T, class Values>
 __device__ void finish(Math<T>& math, const SparseMlaParams& p, const Work& work, const Values& values) {
   Shared<T>& shared = math.shared;
   const int first = first_row();
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    float sum = math.sum[r];
-    sum += __shfl_xor_sync(cuda::kFullMask, sum, 1);
-    sum += __shfl_xor_sync(cuda::kFullMask, sum, 2);
-    if (cuda::lane_id() % 4 == 0) shared.sums[math.warpgroup][first + 8 * r] = sum;
-  }
+  math.share_sums();
   cuda::sync_threads<kMathThreads>(kBarrierOfMath);  // and no products read queries or keys any more
   cuda::cluster_arrive();
 #pragma unroll
@@ -168,7 +162,7 @@ __device__ void finish(Math<T>& math, const SparseMlaParams& p, const Work& work
 #pragma unroll
     for (int j = 0; j < kHalfDims / 8; ++j) {
       const int i = 4 * j + 2 * r, column = math.warpgroup * kHalfDims + 8 * j + first_column();
-      *reinterpret_cast<__nv_bfloat162*>(output(shared, row, column)) = __floats2bfloat162_rn(values(i), values(i + 1));
+      *reinterpret_cast<uint32_t*>(output(shared, row, column)) = cuda::pack_bf16x2(values(i), values(i + 1));
     }
   }
   cuda::sync_threads<kMathThreads>(kBarrierOfMath);

@@ -12,17 +12,13 @@ namespace indexcache::sm90::attention {
 /// The listed keys of one block of the grid.
 struct KeyList {
   const int32_t* indices;
-  int count;      // of entries that exist
-  int64_t rows;   // of the tensor; an entry outside names none
+  int count;                // of entries that exist
+  int64_t rows;             // of the tensor; an entry outside names none
   const uint32_t* members;  // of a union: [blocks][member_words]; else null
   int member_words;
   /// Whoever reads ahead asks later whether the entry names a row: the question waits for the load.
   __device__ int entry(int i) const { return i < count ? __ldg(indices + i) : -1; }
   __device__ bool names_row(int entry) const { return entry >= 0 && entry < rows; }
-  __device__ int row(int i) const {
-    const int index = entry(i);
-    return names_row(index) ? index : -1;
-  }
   __device__ int blocks() const { return (count + kTileKeys - 1) / kTileKeys; }
 };
 

@@ -8,6 +8,7 @@
 #include "csrc/cuda/common/async_copy.cuh"
 #include "csrc/cuda/common/latent_row.cuh"
 #include "csrc/cuda/common/mbarrier.cuh"
+#include "csrc/cuda/common/tma.cuh"
 #include "csrc/cuda/sm90/sparse_mla/gather.cuh"
 
 namespace indexcache::sm90::attention {
@@ -21,10 +22,7 @@ static __device__ const uint4 kZeroRow[kLatentBytes / sizeof(uint4)] = {};
 /// Eight e4m3 times a scale, rounded once, as gather_latent_kv does.
 __device__ inline uint4 dequantise(uint32_t low, uint32_t high, float scale) {
   const float4 a = cuda::e4m3x4_to_float(low), b = cuda::e4m3x4_to_float(high);
-  const auto pair = [&](float x, float y) {
-    const __nv_bfloat162 packed = __floats2bfloat162_rn(x * scale, y * scale);
-    return __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(packed));
-  };
+  const auto pair = [&](float x, float y) { return cuda::pack_bf16x2(x * scale, y * scale); };
   return {pair(a.x, a.y), pair(a.z, a.w), pair(b.x, b.y), pair(b.z, b.w)};
 }
 
@@ -104,8 +102,8 @@ struct Producer<T, CacheSource> {
   __device__ void prefetch(const uint8_t* own) const {
     constexpr int kLine = 128;
     own += warpgroup * 4 * kLine + thread() / kWarpKeys % 2 * kLine;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(own));
-    if (warpgroup == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(own + 2 * kLine));
+    cuda::prefetch_l2(own);
+    if (warpgroup == 0) cuda::prefetch_l2(own + 2 * kLine);
   }
 
   // Shared addresses. A pass is four rows further down, and the swizzle of its 16-byte units differs in one bit.

@@ -1,3 +1,4 @@
+// The kernel: which work a block has, and what each warpgroup does of it, one token (or group) after the other.
 #pragma once
 
 #include "csrc/cuda/common/dependent_launch.cuh"
@@ -91,7 +92,7 @@ __device__ void init_barriers(Shared<T>& shared) {
   cuda::publish_barriers();
 }
 
-/// Rows behind a group's: NaN there would have every block rescaled.
+/// Rows behind a group's, which no copy writes: with what lay there they could have blocks rescaled in vain.
 template <class T>
 __device__ void clear_rows_from(Shared<T>& shared, int first) {
   constexpr int kRowUnits = kChunkDims * 2 / sizeof(uint4), kChunkUnits = kTileHeads * kRowUnits;

@@ -9,13 +9,14 @@ namespace {
 
 using namespace attention;
 
-/// The copy engine and 16-byte copies want addresses and strides of 16 bytes.
-bool whole_units(int64_t bytes) { return bytes > 0 && bytes % 16 == 0; }
+/// The copy engine wants strides of whole 16 bytes, up to 40 bits; that of a single token or head may be anything.
+bool copied_by(int64_t bytes) { return bytes > 0 && bytes % 16 == 0 && bytes < int64_t{1} << 40; }
 
-/// The maximum of scores is that of dot products if the scale is positive.
+/// What the support table cannot say: the generic kernel takes the other calls. A scale that is not positive: the
+/// kernels take the maximum of scores to be that of dot products.
 bool fits(const SparseMlaParams& p) {
-  if (!(p.sm_scale > 0) || !cuda::aligned(p.out, 16)) return false;
-  const bool queries = cuda::aligned(p.q, 16) && whole_units(2 * p.q_token_stride) && whole_units(2 * p.q_head_stride);
+  if (!(p.sm_scale > 0) || p.k > kMaxListed || !cuda::aligned(p.out, 16)) return false;
+  const bool queries = cuda::aligned(p.q, 16) && copied_by(2 * p.q_token_stride) && copied_by(2 * p.q_head_stride);
   if (p.cache.data != nullptr) return queries && cuda::aligned(p.cache.data, 16) && p.cache.page_stride % 16 == 0;
   return queries && cuda::aligned(p.kv, 16) && 2 * p.kv_stride % 16 == 0;
 }
@@ -51,6 +52,7 @@ void launch_dense(const Call& call, Stream stream) {
 /// Tokens of a group, 1: the call has none. The cache's producer knows no unions.
 int group_of(const SparseMlaParams& p) { return p.cache.data != nullptr ? 1 : group_tokens(p.tokens, p.heads, p.k); }
 
+/// The call of some of the tokens of `p`.
 SparseMlaParams tokens_of(SparseMlaParams p, int64_t first, int64_t tokens) {
   p.q = static_cast<const uint16_t*>(p.q) + first * p.q_token_stride;
   p.indices += first * p.k;

@@ -1,7 +1,8 @@
 // How tiles lie in shared memory and which wgmma reads them, in CuTe's terms.
 //
-// A key block is stored once, as rows: nine chunks of 64 rows x 128 bytes, each swizzled over 128 bytes. The scores
-// read it as K-major rows; the values read the same bytes as an MN-major operand whose K are the rows.
+// A key block is stored once, as rows: nine chunks (d_qk 512: eight) of 64 rows x 128 bytes, each swizzled over 128
+// bytes. The scores read it as K-major rows; the values read the same bytes as an MN-major operand whose K are the
+// rows.
 #pragma once
 
 #include <cute/tensor.hpp>

@@ -21,12 +21,13 @@ __device__ inline int first_column() { return 2 * (cuda::lane_id() % 4); }
 /// Named barriers of the math warpgroups.
 inline constexpr int kBarrierOfMath = 1, kBarrierOfWarpgroup = 2;
 
-/// Stores 16 rows of an accumulator, as bf16, into a chunk: of units `unit` and the next, first_row()'s pair and the
-/// one eight rows down. `to`: of matrix_address().
+/// Where this lane stores matrices in a chunk: it names a row of one of four 8 x 8 matrices.
 __device__ inline uintptr_t matrix_address(const uint16_t* chunk) {
-  const int lane = cuda::lane_id(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;  // a lane names a row of a matrix
+  const int lane = cuda::lane_id(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;
   return reinterpret_cast<uintptr_t>(chunk + unit_offset(0, row, lane / 16));
 }
+/// Stores the warp's 16 rows of an accumulator, as bf16 pairs, into a chunk: of units `unit` (a, b) and the next
+/// (c, d), this thread's pair of first_row() and that of eight rows down. `to`: of matrix_address().
 __device__ inline void store_matrices(uintptr_t to, int unit, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   // The swizzle is an exclusive or, and rows are aligned to their 128 bytes.
   cute::SM90_U32x4_STSM_N::copy(a, b, c, d, *reinterpret_cast<cute::uint128_t*>(to ^ unit * 16));
@@ -131,7 +132,7 @@ struct Math {
       const float low = fast_exp2(fmaf(scores(i), scale, -base[r]));
       const float high = fast_exp2(fmaf(scores(i + 1), scale, -base[r]));
       added[r] = i < 2 * kRows ? low + high : added[r] + (low + high);
-      pairs[i / 2] = __builtin_bit_cast(uint32_t, static_cast<__nv_bfloat162_raw>(__floats2bfloat162_rn(low, high)));
+      pairs[i / 2] = cuda::pack_bf16x2(low, high);
     }
   }
 
@@ -292,6 +293,17 @@ struct Math {
     if (block < end) {
       start_other_block(block, values);
       end_values(block, end, values);
+    }
+  }
+
+  /// After run(): the sums of the blocks that this warpgroup scored, for both.
+  __device__ void share_sums() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float whole = sum[r];
+      whole += __shfl_xor_sync(cuda::kFullMask, whole, 1);
+      whole += __shfl_xor_sync(cuda::kFullMask, whole, 2);
+      if (cuda::lane_id() % 4 == 0) shared.sums[warpgroup][first_row() + 8 * r] = whole;
     }
   }
 };

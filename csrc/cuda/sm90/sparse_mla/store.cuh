@@ -19,13 +19,7 @@ __device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const Work&
                             uint32_t end, const Values& values) {
   Shared<T>& shared = math.shared;
   const int first = first_row(), lane = cuda::lane_id();
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    float sum = math.sum[r];
-    sum += __shfl_xor_sync(cuda::kFullMask, sum, 1);
-    sum += __shfl_xor_sync(cuda::kFullMask, sum, 2);
-    if (lane % 4 == 0) shared.sums[math.warpgroup][first + 8 * r] = sum;
-  }
+  math.share_sums();
   cuda::sync_threads<kMathThreads>(kBarrierOfMath);
   float factor[kRows];
 #pragma unroll

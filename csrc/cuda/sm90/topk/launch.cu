@@ -13,7 +13,8 @@ template <class T, int kCluster, class Rows>
 void launch_long(const TopkParams& p, Stream stream) {
   constexpr int kBytes = sizeof(LongRowShared<Rows>);
   cuda::launch<long_rows_kernel<T, kCluster, Rows>>(
-      "topk", {.blocks = p.rows * kCluster, .threads = kThreads, .shared_bytes = kBytes, .cluster = kCluster}, stream, p);
+      "topk", {.blocks = p.rows * kCluster, .threads = kThreads, .shared_bytes = kBytes, .cluster = kCluster}, stream,
+      p);
 }
 
 template <class T>
@@ -23,7 +24,8 @@ void run(const TopkParams& p, Stream stream) {
   const Spread how = spread(p.rows, p.columns, aligned ? 0 : kUnit - 1, cuda::sm_count());
   switch (how.kernel) {
     case Kernel::short_rows:
-      return cuda::launch<short_rows_kernel<T>>("topk", {p.rows, kThreads, sizeof(ShortRowShared<T>)}, stream, p);
+      return cuda::launch<short_rows_kernel<T>>(
+          "topk", {.blocks = p.rows, .threads = kThreads, .shared_bytes = sizeof(ShortRowShared<T>)}, stream, p);
     case Kernel::many_long_rows: return launch_long<T, 1, ManyRows>(p, stream);
     case Kernel::few_longest_rows: return launch_long<T, kMaxCluster, FewLongestRows>(p, stream);
     case Kernel::few_long_rows: break;
