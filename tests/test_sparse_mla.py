@@ -86,9 +86,7 @@ def small(device: str, **options: object) -> dict:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [3, 200])
-def test_paged_attention_is_the_dense_one_on_the_gathered_rows(
-    device: str, tokens: int, dtype: torch.dtype
-) -> None:
+def test_paged_attention_is_the_dense_one_on_the_gathered_rows(device: str, tokens: int, dtype: torch.dtype) -> None:
     """A cache row is the bf16 row that gather_latent_kv returns, so the bits are the same."""
     case = AttentionCase(tokens=tokens, heads=20, keys=640, k=259, page_size=64, indices="invalid", dtype=dtype)
     arguments = case.make(device)

@@ -80,9 +80,9 @@ def test_rows_have_the_same_bits_whatever_the_other_groups_are(heads: int, kind:
     changed = arguments | {name: arguments[name].roll(3 * n + 1, 0).contiguous() for name in per_token}
     for name in per_token:
         changed[name][own] = arguments[name][own]
-    for actual, before in zip(run("sparse_mla", changed), expected):
+    for actual, before in zip(run("sparse_mla", changed), expected, strict=True):
         assert_same_bits(actual[own], before[own])
-    for actual, before in zip(run("sparse_mla", take_rows(arguments, "q indices", slice(n, None))), expected):
+    for actual, before in zip(run("sparse_mla", take_rows(arguments, "q indices", slice(n, None))), expected, strict=True):
         assert_same_bits(actual, before[n:])
 
 

@@ -60,7 +60,7 @@ def test_a_row_is_the_same_in_every_batch_that_splits_alike(
     order = Data("parts", device).permutation(tokens)
     for size in parts:
         some = order[:size]
-        for actual, expected in zip(results(run(op, take_rows(arguments, ROWS, some))), whole):
+        for actual, expected in zip(results(run(op, take_rows(arguments, ROWS, some))), whole, strict=True):
             assert_same_bits(actual, expected[some])
 
 
