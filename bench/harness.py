@@ -3,7 +3,7 @@
 An absolute time moves with the machine, so a figure is a ratio. Half of the baseline's calls run before those of the op
 and half after them, on the same cores or GPU, so that a change of clocks or load meets both. On a GPU each call starts
 with a cold L2 and queues behind a sleeping kernel, so that neither the caches nor the host's launch time count. Nothing
-else precedes it: another op would push the code of this one out of the caches, which costs a short call 0.2 to 0.5 us.
+else precedes it: another op would push the code of this one out of the caches, which costs a short call up to 0.3 us.
 """
 
 from __future__ import annotations
