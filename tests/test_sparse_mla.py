@@ -56,7 +56,7 @@ def check_rows(op: str, case: AttentionCase, device: str) -> None:
     if not case.tokens:
         return
     assert_rows_do_not_mix(op, arguments, ROWS, expected)
-    if device == "cpu" or case.k <= 64:  # on a GPU more keys may be split, by the shape of the call
+    if device == "cpu" or case.dtype == torch.float32 or case.k <= 64:  # sm90 may split more, by the shape of the call
         assert_rows_stand_alone(op, arguments, ROWS, expected)
 
 

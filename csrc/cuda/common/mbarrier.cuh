@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "csrc/cuda/common/warp.cuh"
+
 namespace indexcache::cuda {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -36,6 +38,13 @@ __device__ inline void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ inline void arrive(uint64_t* barrier) { arrive(shared_address(barrier)); }
+
+/// One arrival for the warp, after all its lanes' accesses. The barrier is a pointer or an address.
+template <class Barrier>
+__device__ void warp_arrive(Barrier barrier) {
+  __syncwarp();
+  if (lane_id() == 0) arrive(barrier);
+}
 
 __device__ inline void arrive_expecting(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

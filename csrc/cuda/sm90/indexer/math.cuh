@@ -37,13 +37,6 @@ __device__ void init_barriers(Shared<T>& shared) {
   cuda::publish_barriers();
 }
 
-/// After all lanes' accesses. The barrier is a pointer or an address.
-template <class Barrier>
-__device__ void warp_arrive(Barrier barrier) {
-  __syncwarp();
-  if (cuda::lane_id() == 0) cuda::arrive(barrier);
-}
-
 /// The producer's last word to the math warpgroups.
 template <class T>
 __device__ void end_units(Shared<T>& shared, const Ring<T::kUnitStages>& units) {
@@ -163,7 +156,7 @@ __device__ void run_math(Shared<T>& shared, const Logits& logits, const Keys& ke
       scale = keys.scale(shared, own.stage() * T::kTeams + team, first_key + tile * kTileKeys + row);
       cuda::wgmma_wait<0>();
       cuda::wgmma_results(dots);
-      warp_arrive(barriers + static_cast<uint32_t>(offsetof(Shared<T>, key_empty)));
+      cuda::warp_arrive(barriers + static_cast<uint32_t>(offsetof(Shared<T>, key_empty)));
       float sums[S::kSums];
       sum_own_heads<Own>(dots, weights, sums);
       add_own_sums<Own>(sums, rows);
@@ -171,7 +164,7 @@ __device__ void run_math(Shared<T>& shared, const Logits& logits, const Keys& ke
     }
     if (kLate && tile != start) finish(tile - T::kTeams);
     before += tiles;
-    warp_arrive(&shared.unit_empty[units.stage()]);
+    cuda::warp_arrive(&shared.unit_empty[units.stage()]);
   }
 }
 

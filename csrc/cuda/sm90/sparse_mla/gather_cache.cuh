@@ -156,8 +156,8 @@ struct Producer<T, CacheSource> {
         cuda::arrive_after_copies(&shared.key_full[stage][part]);
       }
       store(shared.keys[stage] + scale_group(turn) * (kPartDims / kChunkDims) * kChunkElements);
-      __syncwarp();  // the readers have the fence between these writes and the tensor cores
-      if (cuda::lane_id() == 0) cuda::arrive(&shared.key_full[stage][part]);
+      // The readers have the fence between these writes and the tensor cores.
+      cuda::warp_arrive(&shared.key_full[stage][part]);
       if (turn + 1 == kTurns) find(next[0]);
       load((turn + 1) % kTurns);
       if (turn + 1 == kTurns) {  // the entry is read here lest the warp waits for it alone

@@ -43,12 +43,6 @@ __device__ inline float fast_exp2(float x) {
 /// Before there is a key: exp2(-inf - 0) = 0, not NaN.
 __device__ inline float finite_base(float max) { return max == -__builtin_inff() ? 0.0f : max; }
 
-/// After all lanes' accesses.
-__device__ inline void warp_arrive(uint64_t* barrier) {
-  __syncwarp();
-  if (cuda::lane_id() == 0) cuda::arrive(barrier);
-}
-
 template <class T>
 struct Math {
   static constexpr int kScores = kTileKeys / 2;   // of a thread
@@ -186,7 +180,7 @@ struct Math {
       for (int r = 0; r < kRows; ++r) shared.max[row + 8 * r] = max[r];
     }
     cuda::fence_async_proxy();
-    warp_arrive(&shared.probabilities_full[warpgroup]);
+    cuda::warp_arrive(&shared.probabilities_full[warpgroup]);
   }
 
   /// What the other warpgroup made of `block`.
@@ -222,7 +216,7 @@ struct Math {
   template <int kLater>
   __device__ void free_part(uint32_t block, uint32_t part) {
     cute::warpgroup_wait<kLater>();
-    warp_arrive(&shared.key_empty[block % kStages][part]);
+    cuda::warp_arrive(&shared.key_empty[block % kStages][part]);
   }
 
   /// Waits for the values of `block`, and frees the parts read unless it is the last block, whose place the output
@@ -245,7 +239,7 @@ struct Math {
     auto& pairs = *reinterpret_cast<uint32_t(*)[kScores / 2]>(fragment.data());
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
-    if (block + kMathWarpgroups >= end) warp_arrive(&shared.query_empty);
+    if (block + kMathWarpgroups >= end) cuda::warp_arrive(&shared.query_empty);
     softmax(scores, block, pairs, values);
     publish(pairs);
     start_values<OwnValueMma>(fragment, block, values);
@@ -272,7 +266,7 @@ struct Math {
       own_block(block, end, scores, values);
       ++block;
     } else if (block + 1 >= end) {
-      warp_arrive(&shared.query_empty);  // this warpgroup scores no block
+      cuda::warp_arrive(&shared.query_empty);  // this warpgroup scores no block
     }
     if (block + 1 < end) {
       start_scores<0, kEarlyParts>(scores, block + 1);

@@ -65,8 +65,8 @@ __device__ void store_whole(Math<T>& math, const SparseMlaParams& p, const Work&
       if (row + kWarps * i < work.heads) store_unit(p, work, row + kWarps * i, unit, x[i]);
     }
   }
-  warp_arrive(&shared.key_empty[stage][math.warpgroup]);
-  warp_arrive(&shared.key_empty[stage][kMathWarpgroups + math.warpgroup]);
+  cuda::warp_arrive(&shared.key_empty[stage][math.warpgroup]);
+  cuda::warp_arrive(&shared.key_empty[stage][kMathWarpgroups + math.warpgroup]);
 }
 
 }  // namespace indexcache::sm90::attention
